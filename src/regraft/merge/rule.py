@@ -1,0 +1,302 @@
+"""The contract of a merge rule: how one file turns the same tensor of several models into one.
+
+A rule is a function of a `Unit` (what it decides on at once: one tensor, or the whole model) that returns how to
+combine a `Chunk`, a slice of that tensor in all models. If it needs a number that depends on the whole tensor, it
+asks for it by `yield`, and reads top to bottom all the same:
+
+    @rule(summary="move along the difference, capped at its median", options=CappedOptions, needs_base=True)
+    def capped(unit: Unit[CappedOptions]) -> Steps:
+        (limits,) = yield [OrderStatistic(lambda c: c.deltas.abs(), ranks=[unit.numel // 2])]
+
+        def combine(c: Chunk[CappedOptions]) -> Tensor:
+            return c.base + c.deltas.clamp(-limits, limits).mean(0)
+
+        return combine
+
+The engine streams the tensors once per sweep that the statistics need, then once to combine. A rule never sees a
+file, a recipe or an architecture's parameter names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeAlias, TypeVar
+
+import torch
+from pydantic import BeforeValidator, ValidationError
+from torch import Tensor
+
+from regraft.errors import UserError, nearest
+from regraft.methods import Method, Options, Paper, register
+
+if TYPE_CHECKING:
+    from regraft.merge.statistics import Statistic
+
+T = TypeVar("T")
+O = TypeVar("O", bound=Options)  # noqa: E741
+
+
+class _PerModel:
+    """Marks an option that has one value per model (a scalar stands for all of them)."""
+
+
+PER_MODEL = _PerModel()
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+# `weight: PerModel[float]`: after validation a tuple with one entry per model.
+PerModel = Annotated[tuple[T, ...], BeforeValidator(_as_tuple), PER_MODEL]
+
+
+def per_model_fields(options: type[Options]) -> set[str]:
+    """Names (aliases, as users write them) of the options that have one value per model."""
+    return {f.alias or name for name, f in options.model_fields.items() if PER_MODEL in f.metadata}
+
+
+def field_names(options: type[Options]) -> dict[str, str]:
+    """Public name of each option (`lambda`) -> attribute (`lambda_`)."""
+    return {f.alias or name: name for name, f in options.model_fields.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a rule may know of a tensor beside its values.
+
+    `layer` counts from 0 at the input within its `stack` of `num_layers` ("" for the only stack, else "encoder",
+    "decoder", "vision", ...); None outside the layers. `role` is "embedding", "head", "norm" or "".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+    num_layers: int | None = None
+    stack: str = ""
+    role: str = ""
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+
+@dataclass
+class Chunk(Generic[O]):
+    """Elements `[start, start + L)` of one tensor, in every model, in the arithmetic dtype (float32 or float64).
+
+    `models` has shape (n, L); `base` has shape (L,) and is absent if the rule has no base.
+    """
+
+    info: TensorInfo
+    options: O
+    start: int
+    models: Tensor
+    _base: Tensor | None = None
+    _deltas: Tensor | None = None
+
+    @property
+    def base(self) -> Tensor:
+        if self._base is None:
+            raise AttributeError("this merge has no base model")
+        return self._base
+
+    @property
+    def deltas(self) -> Tensor:
+        """Task vectors `models - base`, shape (n, L), formed after upcasting. Treat as read-only."""
+        if self._deltas is None:
+            self._deltas = self.models - self.base
+        return self._deltas
+
+    def per_model(self, values: Sequence[float]) -> Tensor:
+        """One number per model as a column (n, 1), in the arithmetic dtype."""
+        return torch.tensor(values, dtype=self.models.dtype, device=self.models.device).unsqueeze(1)
+
+    def random_bits(self, seed: int, model: int) -> Tensor:
+        """Uniform int32 for each element, shape (L,): a function of (seed, model, tensor name, element) alone."""
+        from regraft.merge.random import bits
+
+        return bits(seed, model, self.info.name, self.start, self.models.shape[1], self.models.device)
+
+
+@dataclass
+class Unit(Generic[O]):
+    """What a rule decides on at once. `options` holds the values of the first tensor; in scope "model" the engine has
+    checked that the options listed in the rule's `model_wide` are the same for all."""
+
+    infos: tuple[TensorInfo, ...]
+    n: int
+    options: O
+    notes: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        return sum(info.numel for info in self.infos)
+
+    @property
+    def name(self) -> str:
+        return self.infos[0].name if len(self.infos) == 1 else "the whole model"
+
+    def note(self, **facts: Any) -> None:
+        """Facts for the lineage file: thresholds, realised densities, which branch ran."""
+        self.notes.update(facts)
+
+    def warn(self, message: str) -> None:
+        """One sentence for the user; the run goes on."""
+        self.warnings.append(message)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The result is this model's tensor bit for bit: no arithmetic, the other models are not read."""
+
+    model: int
+
+
+Combine: TypeAlias = Callable[[Chunk[Any]], Tensor]
+Outcome: TypeAlias = "Combine | Copy | Callable[[TensorInfo, Any], Combine | Copy]"
+Steps: TypeAlias = Generator["Sequence[Statistic]", Sequence[Tensor], "Combine | Copy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Method, Generic[O]):
+    """A registered merge rule. Calling it merges tensors or state dicts in memory, by the engine that merges files."""
+
+    function: Callable[[Unit[O]], Steps | Combine | Copy]
+    needs_base: bool = False
+    min_models: int = 1
+    max_models: int | None = None
+    scope: Callable[[O], str] = lambda _: "tensor"  # "tensor" or "model"
+    model_wide: tuple[str, ...] = ()  # options that must not vary between tensors in scope "model"
+    # What the same words mean in a mergekit recipe: defaults that differ (REQUIRED: no default) ...
+    mergekit_defaults: Mapping[str, Any] = field(default_factory=dict)
+    # ... and values that are spelt otherwise, {option: {their value: ours}}.
+    mergekit_values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    in_mergekit: bool = True
+
+    def resolve(self, n: int, values: Mapping[str, Any], *, where: str = "") -> O:
+        """Validated options for `n` models, one entry per model where an option has one.
+
+        Raises:
+            UserError: RG302 for an unknown option, RG303 for a value out of range, RG305 for a wrong number of models.
+        """
+        self.check_count(n, where=where)
+        public = field_names(self.options)
+        for name in values:
+            if name not in public and name not in public.values():
+                raise UserError("RG302", f"{self.name} has no option {name!r}", where=where, fix=nearest(name, public))
+        spread = {}
+        per_model = per_model_fields(self.options)
+        for public_name, attribute in public.items():
+            given = values.get(public_name, values.get(attribute, _ABSENT))
+            if public_name in per_model:
+                if given is _ABSENT:
+                    given = self.options.model_fields[attribute].get_default(call_default_factory=True)
+                if given is _ABSENT or given is None:
+                    continue
+                given = _as_tuple(given)
+                if len(given) not in (1, n):
+                    what = f"{public_name} has {len(given)} values for {n} models"
+                    raise UserError("RG303", what, where=where, fix="give one number, or one per model")
+                given = given * n if len(given) == 1 else given
+            if given is not _ABSENT:
+                spread[public_name] = given
+        try:
+            return self.options(**spread)  # type: ignore[return-value]
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = str(first["loc"][0]) if first["loc"] else self.name
+            detail = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "missing":
+                raise UserError("RG303", f"{self.name} needs {option!r}", where=where, fix=f"add {option}: ...") from None
+            what = f"{option} is {first['input']!r}: {detail[0].lower()}{detail[1:]}"
+            raise UserError("RG303", what, where=where or self.name, fix=f"change {option}") from None
+
+    def check_count(self, n: int, *, where: str = "") -> None:
+        """Raise RG305 unless the rule takes `n` models (besides the base)."""
+        high = self.max_models
+        if n < self.min_models or (high is not None and n > high):
+            want = f"{self.min_models} or more" if high is None else str(self.min_models)
+            if high is not None and high > self.min_models:
+                want = f"{self.min_models} to {high}"
+            beside = " besides the base" if self.needs_base else ""
+            raise UserError("RG305", f"{self.name} takes {want} model(s){beside}, not {n}", where=where, fix="change models")
+
+    def start(self, unit: Unit[O]) -> Steps:
+        """The rule's steps as a generator, also for rules that need no statistics."""
+        result = self.function(unit)
+        if inspect.isgenerator(result):
+            return result
+        return _no_statistics(result)  # type: ignore[arg-type]
+
+    def __call__(
+        self,
+        models: Sequence[Any],
+        base: Any = None,
+        *,
+        workers: int = 1,
+        chunk: int | None = None,
+        allow_nan: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Merge tensors, or state dicts, in memory.
+
+        Args:
+            models: tensors of one shape, or mappings name -> tensor with the same names and shapes.
+            base: the same kind of thing, where the rule has a base.
+            workers, chunk: threads and elements per chunk; they never change the result.
+            allow_nan: merge values that are not finite instead of raising RG206.
+            options: the rule's options; those with one value per model take a number or a list.
+
+        Returns:
+            A tensor, or a dict name -> tensor, in the dtype of the base (or of the first model).
+
+        Raises:
+            UserError: for options, counts, shapes and values that the rule cannot take.
+        """
+        from regraft.merge.engine import merge_in_memory
+
+        return merge_in_memory(self, models, base, options, workers=workers, chunk=chunk, allow_nan=allow_nan)
+
+
+_ABSENT: Any = object()
+REQUIRED: Any = "required"
+
+
+def _no_statistics(result: Combine | Copy) -> Steps:
+    return result
+    yield
+
+
+def rule(
+    *,
+    summary: str,
+    options: type[O],
+    papers: Sequence[Paper] = (),
+    name: str | None = None,
+    **settings: Any,
+) -> Callable[[Callable[[Unit[O]], Any]], Rule[O]]:
+    """Register a merge rule; the decorated function becomes a callable `Rule`. See the module's docstring."""
+
+    def decorate(function: Callable[[Unit[O]], Any]) -> Rule[O]:
+        registered: Rule[O] = Rule(
+            name=name or function.__name__,
+            room="merge",
+            summary=summary,
+            options=options,
+            papers=tuple(papers),
+            doc=sys.modules[function.__module__].__doc__ or "",
+            function=function,
+            **settings,
+        )
+        register(registered)
+        return registered
+
+    return decorate
