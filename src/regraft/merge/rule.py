@@ -215,7 +215,9 @@ class Rule(Method, Generic[O]):
             option = str(first["loc"][0]) if first["loc"] else self.name
             detail = first["msg"].removeprefix("Value error, ")
             if first["type"] == "missing":
-                raise UserError("RG303", f"{self.name} needs {option!r}", where=where, fix=f"add {option}: ...") from None
+                raise UserError(
+                    "RG303", f"{self.name} needs {option!r}", where=where, fix=f"add {option}: ..."
+                ) from None
             what = f"{option} is {first['input']!r}: {detail[0].lower()}{detail[1:]}"
             raise UserError("RG303", what, where=where or self.name, fix=f"change {option}") from None
 
@@ -227,7 +229,9 @@ class Rule(Method, Generic[O]):
             if high is not None and high > self.min_models:
                 want = f"{self.min_models} to {high}"
             beside = " besides the base" if self.needs_base else ""
-            raise UserError("RG305", f"{self.name} takes {want} model(s){beside}, not {n}", where=where, fix="change models")
+            raise UserError(
+                "RG305", f"{self.name} takes {want} model(s){beside}, not {n}", where=where, fix="change models"
+            )
 
     def start(self, unit: Unit[O]) -> Steps:
         """The rule's steps as a generator, also for rules that need no statistics."""
