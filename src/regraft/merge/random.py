@@ -1,4 +1,4 @@
-"""Counter-based random numbers: the draw for an element depends on (seed, model, tensor name, index) and on nothing else.
+"""Counter-based random numbers: a draw depends on (seed, model, tensor name, element) and on nothing else.
 
 The same mask therefore comes out for any chunk size, order, number of workers or device, which a shared generator
 cannot promise. The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014) on a 64-bit counter; each
@@ -40,4 +40,7 @@ def bits(seed: int, model: int, name: str, start: int, length: int, device: torc
 
 def keep_mask(random_bits: Tensor, density: float) -> Tensor:
     """Bernoulli mask, True with probability `density` (to within 2**-32)."""
-    return random_bits < min(round(density * 2**32), 2**32) - 2**31
+    kept = min(round(density * 2**32), 2**32)
+    if kept == 0:
+        return torch.zeros_like(random_bits, dtype=torch.bool)
+    return random_bits <= kept - 1 - 2**31  # the bound itself must fit in 32 bits

@@ -161,7 +161,6 @@ class Copy:
 
 
 Combine: TypeAlias = Callable[[Chunk[Any]], Tensor]
-Outcome: TypeAlias = "Combine | Copy | Callable[[TensorInfo, Any], Combine | Copy]"
 Steps: TypeAlias = Generator["Sequence[Statistic]", Sequence[Tensor], "Combine | Copy"]
 
 

@@ -26,6 +26,11 @@ _BINS = 1 << 16
 class Statistic(Protocol):
     """Filled by one or more sweeps over all chunks of a unit. `observe` is pure and runs in many threads."""
 
+    @property
+    def sweeps(self) -> int:
+        """How many sweeps it takes, as far as known before the first (for progress and estimates)."""
+        ...
+
     def begin(self, numel: int) -> None: ...
     def observe(self, chunk: Chunk[Any]) -> Any: ...
     def absorb(self, partial: Any) -> None: ...
@@ -42,6 +47,8 @@ class Sum:
 
     `f` returns (rows, L) or (L,) (one row). Non-finite values give a non-finite sum.
     """
+
+    sweeps = 1
 
     def __init__(self, f: Callable[[Chunk[Any]], Tensor]) -> None:
         self._f = f
@@ -77,6 +84,8 @@ class Sum:
 
 class Gram:
     """Inner products between the rows of `f(chunk)` over all elements; result: float64, shape (rows, rows)."""
+
+    sweeps = 1
 
     def __init__(self, f: Callable[[Chunk[Any]], Tensor]) -> None:
         self._f = f
@@ -114,6 +123,8 @@ def _exact_sum(values: list[float]) -> float:
 
 class MinMax:
     """Smallest and largest value of each row of `f(chunk)`; result: shape (rows, 2), in the arithmetic dtype."""
+
+    sweeps = 1
 
     def __init__(self, f: Callable[[Chunk[Any]], Tensor]) -> None:
         self._f = f
@@ -159,10 +170,11 @@ class OrderStatistic:
         self._f = f
         self._ranks = ranks
         self._lock = threading.Lock()
+        self.sweeps = 2
         self.result = torch.empty(0)
 
     def begin(self, numel: int) -> None:
-        self._numel = numel
+        self.sweeps = 1 if numel <= _KEEP else 2
         self._kept: list[Tensor] | None = [] if numel <= _KEEP else None
         self._targets: list[list[int]] = []  # per row, remaining rank inside the prefix found so far
         self._prefixes: list[list[int]] = []
