@@ -170,6 +170,7 @@ class Rule(Method, Generic[O]):
 
     function: Callable[[Unit[O]], Steps | Combine | Copy]
     needs_base: bool = False
+    takes_base: bool = False  # reads the base where there is one
     min_models: int = 1
     max_models: int | None = None
     scope: Callable[[O], str] = lambda _: "tensor"  # "tensor" or "model"

@@ -1,0 +1,254 @@
+"""The model card: README.md with the Hub's metadata and a text, generated from the lineage and the parents' cards.
+
+Only facts: each line is measured, or stated by a parent and said to be. What is not known is listed as not stated,
+rather than left out or guessed; what only the author can know (what the model is for) is left to be written. No path of
+the machine gets into a card, because cards are published: local parents appear by the name of their folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from regraft.checkpoint.licences import LicenceVerdict, combine, front_matter, on_hub, read_licence, short_name, strings
+from regraft.checkpoint.lineage import InputRecord, Lineage, Score
+from regraft.methods import Method, method
+
+if TYPE_CHECKING:
+    from regraft.checkpoint.model import Checkpoint
+
+FILE_NAME = "README.md"
+
+
+def write_card(
+    staging: Path,
+    lineage: Lineage,
+    parents: Sequence[Checkpoint],
+    *,
+    recipe: str,
+    before_after: Sequence[Score] | None = None,
+    name: str = "",
+    registered: Method | None = None,
+) -> Path:
+    """Write README.md.
+
+    Args:
+        staging: the folder to write into.
+        lineage: the facts; its inputs are the parents, in the same order.
+        parents: the opened inputs, base included.
+        recipe: text of the recipe.
+        before_after: measured values, those of the lineage if None.
+        name: title of the card; the name of the output folder if empty.
+        registered: the method, looked up by `lineage.method` if None.
+
+    Raises:
+        UserError: RG301 if the method of the lineage is not registered.
+    """
+    title = name or staging.name.removeprefix(".").removesuffix(".regraft-partial")
+    found = registered or method(lineage.kind, lineage.method)
+    scores = list(lineage.scores if before_after is None else before_after)
+    verdict = combine(parents)
+    data = _metadata(title, lineage, parents, verdict, scores)
+    if (staging / "modules.json").is_file():
+        data["library_name"] = "sentence-transformers"
+    hide = _Paths(parents, lineage.inputs)
+    sections = [
+        f"# {title}",
+        _summary(lineage, found),
+        _parents(lineage, parents),
+        "## Recipe\n\n" + _fenced("yaml", recipe.strip()),
+        "## Use\n\n" + _fenced("python", _usage(parents[0], data["library_name"])),
+        _diagnostics(lineage),
+        _scores(scores),
+        _licence(verdict),
+        _limits(lineage, data),
+        _made(lineage),
+    ]
+    head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=False)
+    path = staging / FILE_NAME
+    body = hide("\n\n".join(section for section in sections if section))
+    path.write_text(f"---\n{head}---\n\n{body}\n", encoding="utf-8")
+    return path
+
+
+def _metadata(
+    title: str, lineage: Lineage, parents: Sequence[Checkpoint], verdict: LicenceVerdict, scores: Sequence[Score]
+) -> dict[str, Any]:
+    """Front matter as the Hub defines it; keys that nothing is known for are absent."""
+    cards = [front_matter(parent)[0] for parent in parents]
+    data: dict[str, Any] = {}
+    if ids := list(dict.fromkeys(parent.repo_id for parent in parents if parent.repo_id)):
+        data["base_model"] = ids
+    data["base_model_relation"] = "merge"
+    data["library_name"] = "transformers"
+    data["tags"] = ["merge", "regraft", lineage.method]
+    if verdict.licence and on_hub(verdict.licence):
+        data["license"] = verdict.licence
+    elif verdict.licence:
+        data |= {"license": "other", "license_name": verdict.licence}
+        if verdict.link:
+            data["license_link"] = verdict.link
+    for key in ("language", "datasets"):
+        if union := sorted({value for card in cards for value in strings(card.get(key))}):
+            data[key] = union
+    tags = {value for card in cards for value in strings(card.get("pipeline_tag"))}
+    if len(tags) == 1:
+        data["pipeline_tag"] = tags.pop()
+    if scores:
+        results = [_result(score, data.get("pipeline_tag", "")) for score in scores]
+        data["model-index"] = [{"name": title, "results": results}]
+    return data
+
+
+def _result(score: Score, pipeline_tag: str) -> dict[str, Any]:
+    task = score.task or pipeline_tag or "other"
+    dataset = Path(score.data).name
+    return {
+        "task": {"type": task},
+        "dataset": {"name": dataset, "type": dataset},
+        "metrics": [{"type": score.metric, "value": score.after}],
+    }
+
+
+def _summary(lineage: Lineage, found: Method) -> str:
+    n = sum(record.role != "base" for record in lineage.inputs)
+    base = " and a base" if len(lineage.inputs) > n else ""
+    lines = [f"A merge of {n} model{'s' if n != 1 else ''}{base} by `{found.name}`: {found.summary}."]
+    if lineage.output:
+        out = lineage.output
+        lines.append(f"{out.parameters:,} parameters in {out.tensors:,} tensors, {out.bytes:,} bytes, {out.dtype}.")
+    for paper in found.papers:
+        link = f" <{paper.url}>" if paper.url else ""
+        lines.append(f"Method: {paper.cite()}.{link}")
+    return "\n\n".join(lines)
+
+
+def _parents(lineage: Lineage, parents: Sequence[Checkpoint]) -> str:
+    rows = []
+    for record, parent in zip(lineage.inputs, parents, strict=True):
+        revision = f"`{record.revision[:12]}`" if record.revision else "local"
+        digest = f"`{record.digest[:16]}`" if record.digest else "not computed"
+        licence = ", ".join(read_licence(parent).ids) or "not stated"
+        who = short_name(parent) + "".join(f" + {Path(adapter).name}" for adapter in parent.adapters)
+        rows.append([record.name, record.role, who, revision, digest, licence])
+    return "## Parents\n\n" + _table(["name", "role", "model", "revision", "digest", "licence"], rows)
+
+
+def _usage(parent: Checkpoint, library: str) -> str:
+    if library == "sentence-transformers":
+        return (
+            "from sentence_transformers import SentenceTransformer\n\n"
+            'model = SentenceTransformer("path/to/this/folder")'
+        )
+    name = _auto_class(next(iter(parent.architectures), ""))
+    return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("path/to/this/folder", dtype="auto")'
+
+
+def _auto_class(architecture: str) -> str:
+    """The Auto class that gives this architecture, the class itself if there is no such, AutoModel for others."""
+    import transformers  # late: nothing else of this module needs it
+
+    names = set(dir(transformers))
+    head = re.search(r"For[A-Z]\w*$", architecture)
+    candidates = [f"AutoModel{head[0]}"] if head else []
+    return next((name for name in [*candidates, architecture] if name in names), "AutoModel")
+
+
+def _diagnostics(lineage: Lineage) -> str:
+    flat = {key: value for key, value in lineage.diagnostics.items() if isinstance(value, (int, float, str))}
+    rows = [[key.replace("_", " "), _number(value)] for key, value in flat.items()]
+    parts = [_table(["diagnostic", "value"], rows)] if rows else []
+    return "## Diagnostics\n\n" + "\n\n".join([*parts, "Per tensor: `regraft.json`."]) if lineage.diagnostics else ""
+
+
+def _scores(scores: Sequence[Score]) -> str:
+    if not scores:
+        return ""
+    names = list(dict.fromkeys(name for score in scores for name in score.before))
+    rows = [
+        [Path(s.data).name, s.metric + (" (higher is better)" if s.higher_is_better else " (lower is better)")]
+        + [_number(s.before[name]) if name in s.before else "" for name in names]
+        + [f"**{_number(s.after)}**"]
+        for s in scores
+    ]
+    return "## Evaluation\n\nMeasured in this run.\n\n" + _table(["data", "metric", *names, "this model"], rows)
+
+
+def _licence(verdict: LicenceVerdict) -> str:
+    lines = [f"- Licence: {verdict.licence}, from the parents' cards." if verdict.licence else "- Licence: not stated."]
+    lines += [f"- Unknown: {sentence}." for sentence in verdict.unknown]
+    lines += [f"- Conflict: {sentence}." for sentence in verdict.conflicts]
+    lines += [f"- Inherited: {sentence}." for sentence in verdict.inherited]
+    return "## Licence\n\n" + "\n".join(lines) + "\n\nCombined by rule from what the cards state; no legal advice."
+
+
+def _limits(lineage: Lineage, data: Mapping[str, Any]) -> str:
+    stated = {
+        "license": "licence", "language": "languages", "datasets": "training data of the parents",
+        "pipeline_tag": "task", "model-index": "evaluation after the merge", "base_model": "Hub ids of the parents",
+    }  # fmt: skip
+    missing = [text for key, text in stated.items() if key not in data]
+    limits = [f"- {warning}" for warning in lineage.warnings]
+    limits.append("- Limits and biases of the parents may remain; the merge was not examined for them.")
+    lines = ["## Limits", "\n".join(limits), "Not stated: " + ", ".join([*missing, "intended use"]) + "."]
+    lines.append("Intended use is for the author of this model to write here before it is published.")
+    return "\n\n".join(lines)
+
+
+def _made(lineage: Lineage) -> str:
+    software, hardware = lineage.software, lineage.hardware
+    parts = [
+        f"regraft {software.regraft}, Python {software.python}, torch {software.torch}, "
+        f"transformers {software.transformers}, {software.system}",
+        f"{hardware.cpu or 'processor not told'}, {hardware.cores} cores, {hardware.memory_bytes / 2**30:.1f} GiB",
+    ]
+    if lineage.seeds:
+        parts.append("seeds " + ", ".join(f"{key} {value}" for key, value in lineage.seeds.items()))
+    if lineage.finished:
+        parts.append(f"finished {lineage.finished} after {lineage.wall_seconds} s")
+    if lineage.peak_memory_bytes:
+        parts.append(f"peak memory {lineage.peak_memory_bytes / 2**20:.0f} MiB")
+    text = "## Made with\n\n" + "\n".join(f"- {part}" for part in parts)
+    return text + "\n\n`regraft.json` in this folder holds the full record: inputs, digests, options of every tensor."
+
+
+class _Paths:
+    """Replaces paths of this machine by the last part of their names."""
+
+    # Not within a URL, a Hub id or a relative path; a single part after "/" is left, it may be a fraction or a regex.
+    _PART = r"[^\s/\\\"'+,{}\[\]()`|]+"
+    _PATH = re.compile(
+        rf"(?<![\w.~\\/-])(?:file://)?(?!//)(?:~/|/{_PART}/|[A-Za-z]:[\\/])(?:{_PART}[\\/])*({_PART})[\\/]?"
+    )
+
+    def __init__(self, parents: Sequence[Checkpoint], records: Sequence[InputRecord]) -> None:
+        refs = {ref for parent in parents for ref in (parent.ref, str(parent.path), *parent.adapters)}
+        refs |= {record.ref for record in records}
+        # The pattern above stops at spaces, so known paths go first, the longest first: one may begin another.
+        known = [ref for ref in refs if re.match(r"~/|/|[A-Za-z]:[\\/]", ref) and "+" not in ref]
+        self._known = sorted(known, key=len, reverse=True)
+
+    def __call__(self, text: str) -> str:
+        for known in self._known:
+            text = text.replace(known, Path(known).name or "folder")
+        return self._PATH.sub(r"\1", text)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(head), ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _number(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _fenced(language: str, text: str) -> str:
+    """A code block whose fence is longer than any in the text."""
+    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

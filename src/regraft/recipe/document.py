@@ -1,0 +1,100 @@
+"""The typed form of a recipe, whichever language it was written in.
+
+Settings are kept as they were written, with their filters and gradients; `resolve` turns them into one value per
+tensor. References to models stay texts: a name that the recipe defines, a step before this one, or a path or Hub id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A value for the tensors whose name contains `filter` (None or "*": all); a list is a gradient over depth."""
+
+    value: Any
+    filter: str | None = None
+
+
+Setting: TypeAlias = tuple[Condition, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """A model of a merge, with settings of its own; in slices with the layers [first, last) that it gives."""
+
+    model: str
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """One run of output layers: which layers of which models, and settings for them."""
+
+    inputs: tuple[Input, ...]
+    base: str | None = None
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class MergeStep:
+    """One merge.
+
+    Attributes:
+        name: of the step; with the values of a sweep behind an @.
+        method: name of a merge rule.
+        base, config_from, tokenizer_from: models by reference, or None.
+        inputs: the models, unless `slices` are given.
+        settings: options for all models and tensors, the widest level.
+        dtype, out_dtype: names such as "bfloat16"; `dtype` is mergekit's and stands for `out_dtype` where that is None.
+        exclude: regular expressions of tensors that are copied from the template.
+        chat_template: Jinja text, or None for the tokenizer's own.
+        seed: for rules that draw.
+        dialect: "regraft" or "mergekit": whose defaults hold.
+        where: file, step and line, for messages.
+        sweep: the values of this member of a sweep.
+    """
+
+    name: str
+    method: str
+    base: str | None
+    inputs: tuple[Input, ...]
+    slices: tuple[Slice, ...] = ()
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    exclude: tuple[str, ...] = ()
+    config_from: str | None = None
+    tokenizer_from: str | None = None
+    chat_template: str | None = None
+    seed: int = 0
+    dialect: str = "regraft"
+    where: str = ""
+    sweep: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluateStep:
+    """One measurement of one or more models on one data set."""
+
+    name: str
+    metric: str
+    models: tuple[str, ...]
+    data: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """A whole recipe: named models and the steps in order, sweeps unrolled."""
+
+    models: Mapping[str, str]
+    steps: tuple[MergeStep | EvaluateStep, ...]
+    path: Path | None = None
+    text: str = ""

@@ -1,0 +1,148 @@
+"""Do these models fit together? Every obstacle is one sentence, found from headers and configs before work starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from regraft.axes import Layout
+from regraft.checkpoint import Checkpoint, TensorSource
+from regraft.errors import UserError
+from regraft.inspect.compare import config_differences
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of a merge, under the name that the recipe gives it."""
+
+    name: str
+    checkpoint: Checkpoint
+
+    def find(self, tensor: str) -> TensorSource | None:
+        """The tensor of this name, or the one that it is tied to."""
+        own = self.checkpoint
+        return own.tensors.get(tensor) or own.tensors.get(own.aliases.get(tensor, ""))
+
+
+def check_architecture(
+    template: Member, others: Sequence[Member], layouts: Mapping[str, Layout], *, where: str
+) -> None:
+    """Raise RG203 for another model type or another number of layers."""
+    for other in others:
+        mine, theirs = template.checkpoint.model_type, other.checkpoint.model_type
+        if mine and theirs and mine != theirs:
+            what = f"{template.name} is of type {mine} and {other.name} of type {theirs}"
+            raise UserError("RG203", what, where=where, fix="merge models of one architecture")
+        here, there = layouts[template.name].stacks, layouts[other.name].stacks
+        if dict(here) != dict(there):
+            what = f"{template.name} has {_count(here)} and {other.name} has {_count(there)}"
+            raise UserError("RG203", what, where=where, fix="merge models of one depth, or choose layers with slices")
+
+
+def _count(stacks: Mapping[str, int]) -> str:
+    return " and ".join(f"{n} {stack + ' ' if stack else ''}layers" for stack, n in stacks.items()) or "no layers"
+
+
+def check_config(
+    template: Member,
+    others: Sequence[Member],
+    *,
+    decided: bool,
+    excluded: Sequence[re.Pattern[str]],
+    layout: Layout,
+    where: str,
+) -> list[str]:
+    """Remarks on configurations that differ; raises RG207 where that changes what the weights compute.
+
+    Args:
+        decided: the recipe says whose configuration the output takes, so differences are remarks. Label maps are
+            never a remark while the head is merged: its rows mean different things.
+    """
+    remarks = []
+    heads = [n for n in template.checkpoint.tensors if layout.place(n).role == "head"]
+    head_merged = any(not any(p.search(n) for p in excluded) for n in heads)
+    for other in others:
+        for difference in config_differences(template.checkpoint.config, other.checkpoint.config):
+            if not difference.matters:
+                continue
+            labels = difference.key in ("id2label", "label2id")
+            mine, theirs = _short(difference.a), _short(difference.b)
+            sentence = f"{difference.key} is {mine} in {template.name} and {theirs} in {other.name}"
+            if labels and not head_merged:
+                continue
+            if labels or not decided:
+                fix = "exclude the head from the merge" if labels else f"choose one by config_from: {template.name}"
+                raise UserError("RG207", sentence, where=where, fix=fix)
+            remarks.append(sentence)
+    return remarks
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def matching(name: str, reference: TensorSource, member: Member, *, layout: Layout, where: str) -> TensorSource:
+    """The tensor `name` of a member.
+
+    Raises:
+        UserError: RG202 if it has no such tensor, RG209 if it is tied there, RG201 or RG204 if its shape differs.
+    """
+    source = member.find(name)
+    if source is None:
+        raise _missing(name, member, layout, where)
+    if source.shape != reference.shape:
+        raise _other_shape(name, source, reference, member, layout, where)
+    return source
+
+
+def _missing(name: str, member: Member, layout: Layout, where: str) -> UserError:
+    tied = dict(layout.tied)
+    if name in tied and member.find(tied[name]) is not None:
+        what = f"{member.name} has no {name}: it is tied to {tied[name]} there, and separate in another model"
+        fix = f"untie it in {member.name} (save it with tie_word_embeddings=False), or exclude {name}"
+        return UserError("RG209", what, where=where, fix=fix)
+    close = [n for n in member.checkpoint.tensors if n.endswith(f".{name}") or name.endswith(f".{n}")]
+    if close:
+        fix = f"it has {close[0]}: load and save both models with the same class first"
+    else:
+        fix = "exclude it, or merge models of one architecture"
+    return UserError("RG202", f"{member.name} has no tensor {name}", where=where, fix=fix)
+
+
+def _other_shape(
+    name: str, source: TensorSource, reference: TensorSource, member: Member, layout: Layout, where: str
+) -> UserError:
+    shapes = f"{name} has shape {list(source.shape)} in {member.name} and {list(reference.shape)} in the others"
+    rows = len(source.shape) == 2 and source.shape[1:] == reference.shape[1:]
+    if layout.place(name).role == "embedding" and rows:
+        what = f"the vocabularies differ: {shapes}"
+        return UserError("RG204", what, where=where, fix="resize them to one vocabulary, or exclude embedding and head")
+    return UserError("RG201", shapes, where=where, fix="exclude it, or merge models of one architecture")
+
+
+def unexpected(
+    template: Member, others: Sequence[Member], excluded: Sequence[re.Pattern[str]], *, layout: Layout, where: str
+) -> None:
+    """Raise RG202 for a float tensor that only another model has: dropping it would change that model."""
+    known = set(template.checkpoint.tensors) | set(template.checkpoint.aliases)
+    for other in others:
+        for name, source in other.checkpoint.tensors.items():
+            if name in known or not source.dtype.is_floating_point or any(p.search(name) for p in excluded):
+                continue
+            if layout.place(name).role == "buffer":
+                continue
+            tied = dict(layout.tied)
+            if name in tied and template.find(tied[name]) is not None:
+                what = f"{other.name} has a separate {name}, which {template.name} ties to {tied[name]}"
+                fix = f"untie it in {template.name} (save it with tie_word_embeddings=False), or exclude {name}"
+                raise UserError("RG209", what, where=where, fix=fix)
+            prefixed = [n for n in known if n.endswith(f".{name}") or name.endswith(f".{n}")]
+            what = f"{other.name} has a tensor {name} that {template.name} lacks"
+            if prefixed:
+                fix = f"there it is {prefixed[0]}: load and save both models with the same class first"
+            else:
+                fix = "exclude it, or take that model as the template by config_from"
+            raise UserError("RG202", what, where=where, fix=fix)

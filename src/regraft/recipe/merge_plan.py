@@ -1,0 +1,221 @@
+"""One merge step, planned: every output tensor with its sources and its resolved options. Nothing is written yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from regraft.axes import Layout, layout
+from regraft.checkpoint import Checkpoint, TensorSource
+from regraft.checkpoint.licences import LicenceVerdict, combine
+from regraft.checkpoint.tensor import nbytes
+from regraft.checkpoint.writer import TensorSpec, size_on_disk
+from regraft.errors import UserError
+from regraft.inspect.deltas import check_base
+from regraft.merge.engine import Job, group
+from regraft.merge.rule import Rule
+from regraft.methods import method
+from regraft.recipe.build import Builder, Piece
+from regraft.recipe.document import MergeStep, Slice
+from regraft.recipe.fit import Member, check_architecture, check_config, unexpected
+from regraft.recipe.planned import PlannedCheckpoint, PlannedTensor
+from regraft.recipe.resolve import Resolver, compile_patterns
+from regraft.recipe.settings import Settings
+
+# Counts up when the same plan would give other weights, so that cached artefacts are not taken for current ones.
+FORMAT = 1
+
+
+@dataclass
+class MergePlan:
+    """What a merge step will read, compute and write."""
+
+    step: MergeStep
+    rule: Rule[Any]
+    template: Member
+    base: Member | None
+    inputs: tuple[Member, ...]
+    jobs: list[Job]
+    specs: list[TensorSpec]
+    config_from: Checkpoint
+    config_changes: dict[str, Any]
+    tokenizer_from: Checkpoint
+    licence: LicenceVerdict
+    seed: int
+    layout: Layout
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def parents(self) -> list[Member]:
+        """Base and models, each once."""
+        members = [self.base] if self.base is not None else []
+        return members + [m for m in self.inputs if m not in members]
+
+    @property
+    def bytes_out(self) -> int:
+        return size_on_disk(self.specs)
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(nbytes(s) for job in self.jobs for s in (*job.models, *([job.base] if job.base is not None else [])))
+
+    @property
+    def key(self) -> str:
+        """Content address: the same inputs, options and dtypes give the same key, whatever they are called."""
+        order = {id(m.checkpoint): m.checkpoint.digest() for m in [self.template, *self.parents]}
+        facts = {
+            "format": FORMAT,
+            "rule": self.rule.name,
+            "inputs": [order[id(m.checkpoint)] for m in self.inputs],
+            "base": order[id(self.base.checkpoint)] if self.base else None,
+            "template": order[id(self.template.checkpoint)],
+            "tensors": [[s.name, list(s.shape), str(s.dtype)] for s in self.specs],
+            "options": [
+                [[s.name for s in j.models], j.options.model_dump(mode="json") if j.options and j.rule else None]
+                for j in self.jobs
+            ],
+            "config": [self.config_from.digest(), self.config_changes],
+            "tokenizer": [self.tokenizer_from.digest(), self.step.chat_template],
+        }
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+    def as_checkpoint(self) -> PlannedCheckpoint:
+        """The output as later steps may plan with it."""
+        config = {**self.config_from.config, **self.config_changes}
+        tensors: dict[str, TensorSource] = {s.name: PlannedTensor(s) for s in self.specs}
+        files = {**self.config_from.files, **self.tokenizer_from.files}
+        name = self.step.name
+        return PlannedCheckpoint(name, self.config_from.path, tensors, {}, config, files, key=self.key)
+
+    def table(self) -> list[dict[str, Any]]:
+        """The resolved options, tensors with equal ones together, in order of the model."""
+        rows: list[dict[str, Any]] = []
+        for job in self.jobs:
+            options = job.options.model_dump(mode="json", by_alias=True) if job.rule and job.options else None
+            if rows and rows[-1]["options"] == options:
+                row = rows[-1]
+                row["tensors"] += 1
+                row["last"], row["last_layer"] = job.info.name, job.info.layer
+            else:
+                layer = job.info.layer
+                rows.append(
+                    {
+                        "first": job.info.name,
+                        "last": job.info.name,
+                        "tensors": 1,
+                        "first_layer": layer,
+                        "last_layer": layer,
+                        "method": self.rule.name if job.rule else "copy",
+                        "options": options,
+                    }
+                )
+        return rows
+
+
+def plan_merge(
+    step: MergeStep, members: Mapping[str, Member], settings: Settings, *, planned: bool = False
+) -> MergePlan:
+    """Plan one step. `members` holds every model that the step names; `planned`: some of them do not exist yet.
+
+    Raises:
+        UserError: whatever keeps these models from being merged this way.
+    """
+    rule = method("merge", step.method, where=step.where)
+    base = members[step.base] if step.base else None
+    slices = _slices(step, members, base)
+    used = list(dict.fromkeys(i.model for s in slices for i in s.inputs))
+    inputs = tuple(members[n] for n in used)
+    if rule.needs_base and base is None:
+        fix = "add base: <the model that the others were fine-tuned from>"
+        raise UserError("RG304", f"{rule.name} needs a base model", where=step.where, fix=fix)
+    template = members[step.config_from] if step.config_from else base or inputs[0]
+    everyone = [m for m in dict.fromkeys([*inputs, *([base] if base else [])]) if m is not template]
+    layouts = {m.name: layout(m.checkpoint.config, [*m.checkpoint.tensors]) for m in [template, *everyone]}
+    own = layouts[template.name]
+    excluded = compile_patterns(step.exclude, step.where)
+    sliced = bool(step.slices)
+    if not sliced:
+        check_architecture(template, everyone, layouts, where=step.where)
+    remarks = check_config(
+        template, everyone, decided=bool(step.config_from) or sliced, excluded=excluded, layout=own, where=step.where
+    )
+    seed = settings.seed if settings.seed is not None else step.seed
+    resolver = Resolver(rule, dialect=step.dialect, where=step.where, seed=seed)
+    builder = Builder(step, rule, template, base, members, layouts, resolver, excluded)
+    if sliced:
+        jobs, changes = builder.sliced(slices)
+    else:
+        unexpected(template, everyone, excluded, layout=own, where=step.where)
+        jobs, changes = builder.whole(slices[0]), {}
+    resolver.check_filters(template.checkpoint.model_type)
+    _check_patterns(excluded, template, step)
+    group(jobs)  # raises if options vary that must not
+    if rule.needs_base and base is not None and not planned and not settings.force:
+        _check_lineage(base, inputs, step)
+    specs = [TensorSpec(j.info.name, j.info.shape, j.out_dtype) for j in jobs]
+    tokenizer = members[step.tokenizer_from] if step.tokenizer_from else template
+    verdict = combine([m.checkpoint for m in dict.fromkeys([template, *everyone])])
+    return MergePlan(
+        step,
+        rule,
+        template,
+        base,
+        inputs,
+        jobs,
+        specs,
+        template.checkpoint,
+        changes,
+        tokenizer.checkpoint,
+        verdict,
+        seed,
+        own,
+        remarks,
+    )
+
+
+def _slices(step: MergeStep, members: Mapping[str, Member], base: Member | None) -> tuple[Piece, ...]:
+    """The step's slices, or all models as one; in mergekit's dialect a base among the models is the base."""
+    slices = step.slices or (Slice(step.inputs, step.base, {}),)
+    cleaned = []
+    for piece in slices:
+        kept, base_layers = [], None
+        for one in piece.inputs:
+            same = base is not None and _same(members[one.model], base)
+            if same and step.dialect == "mergekit" and method("merge", step.method).needs_base:
+                base_layers = one.layers
+                continue
+            if same and not step.slices and method("merge", step.method).needs_base:
+                what = f"the base is also listed among the models ({one.model})"
+                raise UserError("RG305", what, where=step.where, fix="list only its fine-tunes under models")
+            kept.append(one)
+        cleaned.append(Piece(tuple(kept), piece.settings, base_layers))
+    return tuple(cleaned)
+
+
+def _same(a: Member, b: Member) -> bool:
+    one, other = a.checkpoint, b.checkpoint
+    return one is other or (
+        (one.path, one.revision, one.adapters) == (other.path, other.revision, other.adapters)
+        and type(one) is type(other) is Checkpoint
+    )
+
+
+def _check_patterns(excluded: Sequence[re.Pattern[str]], template: Member, step: MergeStep) -> None:
+    for pattern in excluded:
+        if not any(pattern.search(n) for n in template.checkpoint.tensors):
+            what = f"exclude {pattern.pattern!r} selects no tensor of {template.name}"
+            names = list(template.checkpoint.tensors)
+            raise UserError("RG308", what, where=step.where, fix=f"its names look like {names[len(names) // 2]}")
+
+
+def _check_lineage(base: Member, inputs: Sequence[Member], step: MergeStep) -> None:
+    for member in inputs:
+        reason = check_base(base.checkpoint, member.checkpoint)
+        if reason:
+            what = f"{member.name} does not look like a fine-tune of {base.name}: {reason}"
+            fix = "name the base that it was fine-tuned from, or go on with --force"
+            raise UserError("RG205", what, where=step.where, fix=fix)

@@ -1,0 +1,204 @@
+"""Recipe -> plan: everything is opened, checked and sized before work starts; of the weights, only samples are read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from regraft.checkpoint import open_checkpoint
+from regraft.errors import UserError, nearest
+from regraft.merge.engine import DEFAULT_CHUNK, Job, default_workers, fit_memory, predict_memory
+from regraft.methods import Options, method
+from regraft.recipe.document import EvaluateStep, MergeStep, Recipe
+from regraft.recipe.estimate import estimate_seconds, process_memory
+from regraft.recipe.fit import Member
+from regraft.recipe.merge_plan import MergePlan, plan_merge
+from regraft.recipe.settings import Settings
+
+
+@dataclass
+class EvaluatePlan:
+    """A measurement that a run will make, validated."""
+
+    step: EvaluateStep
+    metric: Any
+    options: Options
+    data: Path
+    models: tuple[str, ...]
+
+
+@dataclass
+class Plan:
+    """All steps of a recipe, in order, with what they cost.
+
+    `memory_bytes` is the peak of the whole process, `disk_bytes` the sum of all outputs, `seconds` an estimate.
+    """
+
+    recipe: Recipe
+    settings: Settings
+    steps: list[MergePlan | EvaluatePlan]
+    workers: int
+    chunk: int
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def merges(self) -> list[MergePlan]:
+        return [s for s in self.steps if isinstance(s, MergePlan)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-able data: what `regraft plan --json` prints."""
+        return {
+            "recipe": self.recipe.path.name if self.recipe.path else "",
+            "workers": self.workers,
+            "chunk_elements": self.chunk,
+            "memory_bytes": self.memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            "seconds_estimated": round(self.seconds, 1),
+            "warnings": self.warnings,
+            "steps": [_describe(s) for s in self.steps],
+        }
+
+
+def _describe(plan: MergePlan | EvaluatePlan) -> dict[str, Any]:
+    if isinstance(plan, EvaluatePlan):
+        options = plan.options.model_dump(mode="json")
+        return {"step": plan.step.name, "evaluate": plan.metric.name, "models": list(plan.models), "options": options}
+    return {
+        "step": plan.step.name,
+        "merge": plan.rule.name,
+        "dialect": plan.step.dialect,
+        "models": [m.name for m in plan.inputs],
+        "base": plan.base.name if plan.base else None,
+        "config_from": plan.template.name,
+        "tensors": len(plan.jobs),
+        "parameters": sum(job.info.numel for job in plan.jobs),
+        "bytes_read": plan.bytes_in,
+        "bytes_written": plan.bytes_out,
+        "dtypes": sorted({str(s.dtype).removeprefix("torch.") for s in plan.specs}),
+        "licence": plan.licence.licence,
+        "config_changes": plan.config_changes,
+        "seed": plan.seed,
+        "key": plan.key,
+        "values": plan.table(),
+        "warnings": plan.warnings,
+    }
+
+
+def make_plan(recipe: Recipe, settings: Settings | None = None, *, out: Path | None = None) -> Plan:
+    """Open and check everything that a recipe needs.
+
+    Args:
+        recipe: from `load_recipe` or `parse_recipe`.
+        settings: switches of the run.
+        out: where the results will go, to check the disk; not checked if None.
+
+    Raises:
+        UserError: the first obstacle, whatever it is; nothing has been written.
+    """
+    settings = settings or Settings()
+    members = Members(recipe, settings)
+    steps: list[MergePlan | EvaluatePlan] = []
+    warnings: list[str] = []
+    for step in recipe.steps:
+        if isinstance(step, EvaluateStep):
+            steps.append(_plan_evaluation(step, recipe, members))
+            continue
+        chosen = members.of(step)
+        plan = plan_merge(step, chosen, settings, planned=any(m.name in members.planned for m in chosen.values()))
+        check_licences(plan, settings)
+        members.planned[step.name] = Member(step.name, plan.as_checkpoint())
+        steps.append(plan)
+        warnings += [f"{step.name}: {w}" for w in plan.warnings]
+    warnings += members.remarks()
+    merges = [s for s in steps if isinstance(s, MergePlan)]
+    jobs = [job for plan in merges for job in plan.jobs]
+    workers, chunk, memory = size_run(jobs, settings)
+    disk = sum(plan.bytes_out for plan in merges)
+    if out is not None:
+        _check_disk(out, disk)
+    seconds = sum(estimate_seconds(p.jobs, p.bytes_in + p.bytes_out, workers) for p in merges)
+    return Plan(recipe, settings, steps, workers, chunk, memory, disk, seconds, warnings)
+
+
+class Members:
+    """Every model that a recipe names, opened once; steps are added as they are planned or done."""
+
+    def __init__(self, recipe: Recipe, settings: Settings) -> None:
+        self._recipe, self._settings = recipe, settings
+        self._opened: dict[str, Member] = {}
+        self.planned: dict[str, Member] = {}
+
+    def of(self, step: MergeStep) -> Mapping[str, Member]:
+        """The members that a step names, under the names that it uses."""
+        names = [i.model for s in (step.slices or ()) for i in s.inputs] + [i.model for i in step.inputs]
+        names += [n for n in (step.base, step.config_from, step.tokenizer_from) if n]
+        return {name: self.get(name) for name in dict.fromkeys(names)}
+
+    def get(self, name: str) -> Member:
+        if name in self.planned:
+            return self.planned[name]
+        if name not in self._opened:
+            reference = self._recipe.models.get(name, name)
+            folder = self._recipe.path.parent if self._recipe.path else None
+            checkpoint = open_checkpoint(reference, relative_to=folder, offline=self._settings.offline)
+            self._opened[name] = Member(name, checkpoint)
+        return self._opened[name]
+
+    def remarks(self) -> list[str]:
+        return [f"{m.name}: {remark}" for m in self._opened.values() for remark in m.checkpoint.remarks]
+
+
+def size_run(jobs: list[Job], settings: Settings) -> tuple[int, int, int]:
+    """(workers, chunk, peak bytes of the process) within the limits that the user sets."""
+    workers, chunk = settings.workers or default_workers(), settings.chunk or DEFAULT_CHUNK
+    own = process_memory()
+    if settings.max_memory is not None:
+        workers, chunk = fit_memory(jobs, max(0, settings.max_memory - own), workers=workers, chunk=chunk)
+    return workers, chunk, own + predict_memory(jobs, workers, chunk)
+
+
+def check_licences(plan: MergePlan, settings: Settings) -> None:
+    """Raise RG404 for licences that do not go together, unless accepted."""
+    if plan.licence.conflicts and not settings.accept_licenses:
+        what = "the licences of the inputs do not agree: " + "; ".join(plan.licence.conflicts)
+        raise UserError("RG404", what, where=plan.step.where, fix="if you may combine them, add --accept-licenses")
+
+
+def _plan_evaluation(step: EvaluateStep, recipe: Recipe, members: Members) -> EvaluatePlan:
+    metric = method("evaluate", step.metric, where=step.where)
+    for name in step.models:
+        if name not in members.planned:
+            members.get(name)
+    folder = recipe.path.parent if recipe.path else Path()
+    data = (folder / Path(step.data).expanduser()) if step.data else folder
+    if not step.data or not data.exists():
+        raise UserError("RG601", f"no data at {step.data!r}", where=step.where, fix="give the path of a data file")
+    known = {f.alias or n for n, f in metric.options.model_fields.items()}
+    for name in step.options:
+        if name not in known:
+            what = f"{metric.name} has no option {name!r}"
+            raise UserError("RG302", what, where=step.where, fix=nearest(name, known))
+    try:
+        options = metric.options(**step.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        what = f"{name} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        raise UserError("RG303", what, where=step.where, fix=f"change {name}") from None
+    return EvaluatePlan(step, metric, options, data, step.models)
+
+
+def _check_disk(out: Path, need: int) -> None:
+    parent = next((p for p in [out, *out.absolute().parents] if p.exists()), Path.cwd())
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        what = f"the outputs need {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+        raise UserError("RG402", what, where=str(out), fix="free some space or name an output on another disk")

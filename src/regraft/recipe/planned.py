@@ -1,0 +1,30 @@
+"""Checkpoints that an earlier step of the recipe will write: known by their headers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from regraft.checkpoint import Checkpoint
+from regraft.checkpoint.writer import TensorSpec
+
+
+class PlannedTensor:
+    """A tensor that an earlier step will write; known by header only."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.name, self.shape, self.dtype = spec.name, spec.shape, spec.dtype
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        raise RuntimeError(f"{self.name} belongs to a step that has not run yet")
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedCheckpoint(Checkpoint):
+    """The output of an earlier step before it has run."""
+
+    key: str = ""
+
+    def digest(self) -> str:
+        return self.key

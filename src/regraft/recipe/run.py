@@ -1,0 +1,260 @@
+"""Doing what a plan says: artefacts by content key, so that what is done is not done again.
+
+`regraft run` keeps every step's model in `OUT/artefacts/<step>-<key>` and links it as `OUT/<step>`; a step whose key is
+there already is taken as it is, and a changed option changes the keys of what depends on it, of nothing else.
+`regraft merge` puts the last step's model at OUT itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regraft.checkpoint import Checkpoint, open_checkpoint
+from regraft.checkpoint.lineage import FILE_NAME, Lineage
+from regraft.errors import UserError
+from regraft.recipe.document import EvaluateStep, MergeStep, Recipe
+from regraft.recipe.execute import execute
+from regraft.recipe.fit import Member
+from regraft.recipe.merge_plan import plan_merge
+from regraft.recipe.plan import Members, Plan, make_plan, size_run
+from regraft.recipe.progress import Progress, Silent
+from regraft.recipe.settings import Settings
+
+__all__ = ["Evaluation", "Progress", "RunResult", "merge", "run"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One score: which metric of which model on which data."""
+
+    step: str
+    metric: str
+    model: str
+    data: str
+    score: Mapping[str, Any]
+
+
+@dataclass
+class RunResult:
+    """What a run left behind: `artefacts` by step name, in order, and all scores."""
+
+    out: Path
+    plan: Plan
+    artefacts: dict[str, Path] = field(default_factory=dict)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+
+def run(recipe: Recipe, out: Path, settings: Settings | None = None, progress: Progress | None = None) -> RunResult:
+    """Do all steps of a recipe; what a former run has done is not done again.
+
+    Args:
+        recipe: from `load_recipe` or `parse_recipe`.
+        out: folder for artefacts, links and scores; made if it does not exist.
+        settings, progress: switches, and who listens.
+
+    Raises:
+        UserError: before any work starts if the recipe cannot be run; during it if a source turns out to be bad.
+    """
+    settings, progress = settings or Settings(), progress or Silent()
+    plan = make_plan(recipe, settings, out=out)
+    _tell(plan, progress)
+    store = _Store(out)
+    members = Members(recipe, settings)
+    result = RunResult(out, plan)
+    for step in recipe.steps:
+        progress.step(step.name)
+        if isinstance(step, EvaluateStep):
+            result.evaluations += _evaluate(step, plan, members, store, progress)
+            continue
+        folder = _artefact(step, recipe, members, store, settings, progress)
+        result.artefacts[step.name] = folder
+        store.link(step.name, folder)
+        members.planned[step.name] = Member(step.name, open_checkpoint(str(folder)))
+    store.write("scores.json", [asdict(e) for e in result.evaluations])
+    return result
+
+
+def merge(recipe: Recipe, out: Path, settings: Settings | None = None, progress: Progress | None = None) -> Path:
+    """Make the model of a recipe's last step at `out`; earlier steps are kept in `OUT.steps` beside it.
+
+    Raises:
+        UserError: RG309 if the recipe makes several final models or measures something, which `run` is for; RG401 if
+            `out` holds something else; else as `run`.
+    """
+    settings, progress = settings or Settings(), progress or Silent()
+    final = _only_result(recipe)
+    plan = make_plan(recipe, settings, out=out)
+    members = Members(recipe, settings)
+    _check_output(out, plan, settings)
+    _tell(plan, progress)
+    store = _Store(out.with_name(out.name + ".steps"))
+    for step in recipe.steps:
+        assert isinstance(step, MergeStep)
+        progress.step(step.name)
+        if step is not final:
+            folder = _artefact(step, recipe, members, store, settings, progress)
+            members.planned[step.name] = Member(step.name, open_checkpoint(str(folder)))
+            continue
+        chosen = plan_merge(step, members.of(step), settings)
+        if _key_at(out) == chosen.key:
+            progress.message(f"{out} is up to date")
+            return out
+        workers, chunk, _ = size_run(chosen.jobs, settings)
+        execute(chosen, out, recipe, settings, workers=workers, chunk=chunk, progress=progress)
+    return out
+
+
+def _only_result(recipe: Recipe) -> MergeStep:
+    measured = [s for s in recipe.steps if isinstance(s, EvaluateStep)]
+    if measured:
+        what = f"the recipe also measures ({measured[0].name}), and merge makes one model"
+        raise UserError("RG309", what, where=measured[0].where, fix="use: regraft run")
+    steps = [s for s in recipe.steps if isinstance(s, MergeStep)]
+    used = {i.model for s in steps for p in (s.slices or ()) for i in p.inputs} | {
+        i.model for s in steps for i in s.inputs
+    }
+    used |= {n for s in steps for n in (s.base, s.config_from, s.tokenizer_from) if n}
+    results = [s for s in steps if s.name not in used]
+    if len(results) != 1:
+        names = ", ".join(s.name for s in results)
+        what = f"the recipe makes {len(results)} final models ({names}), and merge makes one"
+        raise UserError("RG309", what, where=results[0].where if results else "", fix="use: regraft run")
+    return results[0]
+
+
+def _check_output(out: Path, plan: Plan, settings: Settings) -> None:
+    resolved = out.resolve()
+    for step in plan.merges:
+        for member in step.parents:
+            source = member.checkpoint.path.resolve()
+            if resolved == source or resolved in source.parents:
+                what = f"the output is the folder of {member.name}, or one above it"
+                raise UserError("RG401", what, where=str(out), fix="name another output")
+    if out.exists() and not out.is_dir():
+        raise UserError("RG401", "the output is a file", where=str(out), fix="name a folder that does not exist yet")
+    if settings.force or not out.exists() or not any(out.iterdir()):
+        return
+    final = plan.merges[-1]
+    if len(plan.merges) == 1 and _key_at(out) == final.key:
+        return
+    if (out / FILE_NAME).exists() and len(plan.merges) > 1:
+        return  # whether it is up to date is known when the earlier steps are done
+    raise UserError(
+        "RG401", "the output folder is not empty", where=str(out), fix="name another, or replace it by --force"
+    )
+
+
+def _key_at(folder: Path) -> str:
+    """The content key of the model in a folder, "" if there is none or it is not whole."""
+    if not (folder / FILE_NAME).exists():
+        return ""
+    try:
+        open_checkpoint(str(folder))  # headers and sizes must agree
+        return Lineage.read(folder).key
+    except UserError:
+        return ""
+
+
+def _artefact(
+    step: MergeStep, recipe: Recipe, members: Members, store: _Store, settings: Settings, progress: Progress
+) -> Path:
+    plan = plan_merge(step, members.of(step), settings)
+    folder = store.folder(step.name, plan.key)
+    if _key_at(folder) == plan.key:
+        progress.message(f"{step.name}: done before")
+        return folder
+    workers, chunk, _ = size_run(plan.jobs, settings)
+    if folder.exists():
+        shutil.rmtree(folder)  # our own cache entry, damaged: made again
+    execute(plan, folder, recipe, settings, workers=workers, chunk=chunk, progress=progress)
+    return folder
+
+
+def _evaluate(step: EvaluateStep, plan: Plan, members: Members, store: _Store, progress: Progress) -> list[Evaluation]:
+    planned = next(s for s in plan.steps if s.step is step)
+    found = []
+    data_key = _data_key(planned.data)  # type: ignore[union-attr]
+    for i, name in enumerate(step.models):
+        checkpoint = members.get(name).checkpoint
+        facts = [planned.metric.name, planned.options.model_dump(mode="json"), data_key, checkpoint.digest()]  # type: ignore[union-attr]
+        key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+        score = store.score(key)
+        if score is None:
+            score = planned.metric.score(_folder_of(checkpoint, name), planned.data, planned.options)  # type: ignore[union-attr]
+            score = score.model_dump(mode="json") if hasattr(score, "model_dump") else dict(asdict(score))
+            store.keep_score(key, score)
+        found.append(Evaluation(step.name, planned.metric.name, name, step.data, score))  # type: ignore[union-attr]
+        progress.advance(i + 1, len(step.models))
+    return found
+
+
+def _folder_of(checkpoint: Checkpoint, name: str) -> Path:
+    if checkpoint.adapters:
+        what = f"{name} is a model with an adapter, which has no folder of its own"
+        raise UserError("RG602", what, fix="merge it alone in a passthrough step and evaluate that step")
+    return checkpoint.path
+
+
+def _data_key(path: Path) -> list[Any]:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return [len(files), digest.hexdigest()]
+
+
+def _tell(plan: Plan, progress: Progress) -> None:
+    for warning in plan.warnings:
+        progress.message(f"note: {warning}")
+
+
+class _Store:
+    """The folder of a run: `artefacts/`, links to them by step name, and cached scores."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+
+    def folder(self, step: str, key: str) -> Path:
+        folder = self._out / "artefacts" / f"{re.sub(r'[^A-Za-z0-9._=,@-]+', '_', step)}-{key[:12]}"
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"the output folder cannot be made: {error.strerror}"
+            raise UserError("RG405", what, where=str(self._out), fix="name another output") from None
+        return folder
+
+    def link(self, step: str, folder: Path) -> None:
+        """`OUT/<step>` points at the artefact; replaced in one step."""
+        link = self._out / step.replace("/", "_")
+        if link.exists() and not link.is_symlink():
+            what = f"{link.name} is in the output folder and was not made by regraft"
+            raise UserError("RG401", what, where=str(self._out), fix="name another output")
+        temporary = link.with_name(f".{link.name}.link")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(folder, self._out))
+        temporary.replace(link)
+
+    def score(self, key: str) -> Any | None:
+        path = self._out / "artefacts" / "scores" / f"{key}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def keep_score(self, key: str, score: Mapping[str, Any]) -> None:
+        self.write(f"artefacts/scores/{key}.json", score)
+
+    def write(self, name: str, data: Any) -> None:
+        path = self._out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)

@@ -1,0 +1,32 @@
+"""How to run, as opposed to what to compute: switches of the command line that never change a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Switches of a run.
+
+    Attributes:
+        offline: use the local cache of the Hub only.
+        force: replace a non-empty output, and merge models that do not look like fine-tunes of the base.
+        allow_nan: merge values that are not finite as they are.
+        accept_licenses: go on although the licences of the inputs do not agree.
+        workers: threads; all cores if None.
+        chunk: elements per chunk; the engine's default if None.
+        max_memory: bytes of private memory for the whole process; no limit if None.
+        shard_bytes: size of an output shard.
+        seed: replaces the recipe's seed.
+    """
+
+    offline: bool = False
+    force: bool = False
+    allow_nan: bool = False
+    accept_licenses: bool = False
+    workers: int | None = None
+    chunk: int | None = None
+    max_memory: int | None = None
+    shard_bytes: int = 5 * 10**9
+    seed: int | None = None
