@@ -145,6 +145,18 @@ def test_order_of_preference_is_that_of_from_pretrained(tmp_path: Path) -> None:
     assert "model.safetensors.index.json, pytorch_model.bin" in remark
 
 
+def test_weights_that_the_config_names(tmp_path: Path) -> None:
+    folder = write(write(tmp_path / "m"), "special.safetensors", special=torch.ones(1))
+    write_json(folder, transformers_weights="special.safetensors")
+    checkpoint = open_checkpoint(str(folder))
+    assert list(checkpoint.tensors) == ["special"]
+    assert checkpoint.remarks == ("special.safetensors was read; model.safetensors in the same folder was not",)
+    write_json(folder, transformers_weights="gone.safetensors")
+    refused(folder, "RG102", "gone.safetensors")
+    write_json(folder, transformers_weights="../m/special.safetensors")
+    refused(folder, "RG104", "../m/special.safetensors")
+
+
 def test_tied_weights_of_pickles_are_aliases(tmp_path: Path) -> None:
     shared = torch.randn(3, 2)
     folder = write(tmp_path / "m", "pytorch_model.bin", embed=shared, b=torch.ones(1), head=shared, copy=shared.clone())
@@ -252,7 +264,7 @@ def test_folders_without_weights(tmp_path: Path) -> None:
     refused(write_json(tmp_path / "json", "weights.json") / "weights.json", "RG102", "no weight file")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.safetensors").symlink_to("gone")
-    refused(tmp_path / "broken", "RG102", "link to nothing")
+    refused(tmp_path / "broken", "RG102", "'model.safetensors' is missing")
 
 
 def test_file_without_tensors(tmp_path: Path) -> None:

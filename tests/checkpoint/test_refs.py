@@ -142,9 +142,15 @@ def test_adapters_are_applied_in_order(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(model, "open_local", lambda path: model.Checkpoint(str(path), path, {}))
     for name in ("base", "one", "two"):
         (tmp_path / name).mkdir()
-    ref = "./base+./one+two"
-    open_checkpoint(ref, relative_to=tmp_path)
-    assert applied == [(ref, tmp_path / "one", "./one"), (ref, tmp_path / "two", "two")]
+    hub = ModuleType("regraft.checkpoint.hub")
+    hub.fetch = lambda repo_id, revision, *, offline: (tmp_path / "two", "c0ffee")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "regraft.checkpoint.hub", hub)
+    ref = "./base+./one+org/two@main"
+    opened = open_checkpoint(ref, relative_to=tmp_path)
+    assert applied == [(ref, tmp_path / "one", "./one"), (ref, tmp_path / "two", "org/two@c0ffee")]
+    assert (opened.repo_id, opened.revision) == ("", "")
+    opened = open_checkpoint("org/model@main", relative_to=tmp_path)
+    assert (opened.ref, opened.repo_id, opened.revision) == ("org/model@main", "org/model", "c0ffee")
 
 
 # ---------------------------------------------------------------- names and links within a folder
@@ -209,6 +215,23 @@ def test_only_the_own_cache_counts(tmp_path: Path) -> None:
     (snapshot / "x").symlink_to(foreign / "hash")
     with pytest.raises(UserError, match="outside"):
         inside(snapshot, "x", where="x")
+
+
+def test_blobs_shared_by_the_repositories_of_a_cache(tmp_path: Path) -> None:
+    snapshot, blobs = hub_cache(tmp_path / "hub")
+    digits = "ab" + "0" * 62
+    for place in (f"blobs/ab/{digits}", "blobs/se/secret", f"blobs/cd/{digits}", f"other/ab/{digits}"):
+        path = tmp_path / "hub" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+        link = blobs / place.replace("/", "-")
+        link.symlink_to(path)
+        (snapshot / link.name).symlink_to(f"../../blobs/{link.name}")
+        if place == f"blobs/ab/{digits}":
+            assert inside(snapshot, link.name, where="x")
+        else:
+            with pytest.raises(UserError, match="outside"):
+                inside(snapshot, link.name, where="x")
 
 
 def test_linked_blobs_do_not_count(tmp_path: Path) -> None:

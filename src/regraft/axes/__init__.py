@@ -1,7 +1,6 @@
-"""What the tensors of each model family are: layers, embeddings, heads. Parameter names stand here, nowhere else."""
+"""What the tensors of a model are: layers, embeddings, heads, per family of architectures."""
 
-from __future__ import annotations
-
-from regraft.axes.layout import Layout, Place, layout
+from regraft.axes.layout import Layout, layout
+from regraft.axes.place import Place
 
 __all__ = ["Layout", "Place", "layout"]

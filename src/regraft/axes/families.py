@@ -1,164 +1,279 @@
-"""One table per model family: which tensors are layers, embeddings, heads and final norms, and what is tied.
+"""The tables: where the tensors of each family of models belong. A new family is a new table; no code changes.
 
-Patterns are regular expressions that are searched in the tensor's name, with a group `layer` for the number of the
-layer. `^(.*\\.)?` in front lets a name carry the prefix of a class with a head, or none. Names are those that
-transformers 5 writes. A new family is a new table; a test builds a small model of each and checks every name.
+Names are those of checkpoints on disk, written without the prefix that a model with a head puts before its base
+model ("model.", "bert.", ...). A table's name stands for all tensors below it ("attn" for "attn.c_proj.weight"), "*"
+stands for one component, and the longest match counts. This is the only place of regraft that knows parameter names.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-_ANY = r"^(?:.*\.)?"
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of layers: its name, the pattern of a layer, the config key of their number, the pattern of its part."""
+    """A pile of equal layers: `<path>.<number>.<rest>`.
 
-    name: str
-    layers: str
-    count_key: str
-    prefix: str = ""
+    Attributes:
+        paths: where the layers are; more than one if versions of transformers write different ones.
+        count: the key of config.json with the number of layers, dotted for nested configurations.
+    """
+
+    paths: tuple[str, ...]
+    count: str
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A tensor outside the layers: its role ("embedding", "head", "norm" or ""), its side of the stack, its stack."""
+
+    role: str
+    position: str  # "before" | "after" | "inside" (neither)
+    stack: str = ""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Tensors of a family by role. `after`: outside the layers, on the output side. `ties`: the default of its config."""
+    """One table.
 
-    stacks: tuple[Stack, ...]
-    embedding: tuple[str, ...]
-    head: tuple[str, ...]
-    norm: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
+    Attributes:
+        stacks: name of each stack ("" for the only one) -> where it is.
+        outside: names outside the layers.
+        inside: names inside a layer -> "attention", "ffn" or "norm".
+        prefixes: what may stand before the base model's names.
+        buffers: exact names of stored constants, outside or inside a layer.
+        tied: (alias, canonical) pairs of full names; they share one tensor where the configuration ties embeddings.
+        always_tied: pairs that share one tensor whatever the configuration says.
+        ties_by_default: what a missing `tie_word_embeddings` means.
+    """
+
+    stacks: Mapping[str, Stack]
+    outside: Mapping[str, Outside]
+    inside: Mapping[str, str]
+    prefixes: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
-    ties: bool = False
+    always_tied: tuple[tuple[str, str], ...] = ()
+    ties_by_default: bool = field(default=False)
 
 
-def _decoder(ties: bool = False) -> Family:
-    return Family(
-        stacks=(Stack("", _ANY + r"layers\.(?P<layer>\d+)\.", "num_hidden_layers"),),
-        embedding=(_ANY + r"embed_tokens\.weight$",),
-        head=(r"^lm_head\.", r"^score\.", r"^classifier\.", r"^qa_outputs\."),
-        norm=(r"^(?:model\.)?norm\.weight$",),
-        after=(r"^(?:model\.)?norm\.weight$", r"^lm_head\.", r"^score\.", r"^classifier\.", r"^qa_outputs\."),
-        tied=(("lm_head.weight", "embed_tokens.weight"),),
-        ties=ties,
-    )
+_EMBEDDING = Outside("embedding", "before")
+_BEFORE = Outside("", "before")
+_AFTER = Outside("", "after")
+_NORM = Outside("norm", "after")
+_HEAD = Outside("head", "after")
+# Heads that transformers puts on any base model.
+_HEADS = dict.fromkeys(("lm_head", "score", "classifier", "qa_outputs"), _HEAD)
 
-
-_ENCODER_HEADS = (r"^cls\.", r"^lm_head\.", r"^classifier\.", r"^qa_outputs\.")
-
-
-def _encoder(tied: tuple[tuple[str, str], ...]) -> Family:
-    return Family(
-        stacks=(Stack("", _ANY + r"encoder\.layer\.(?P<layer>\d+)\.", "num_hidden_layers"),),
-        embedding=(_ANY + r"embeddings\.word_embeddings\.weight$",),
-        head=_ENCODER_HEADS,
-        after=(*_ENCODER_HEADS, _ANY + r"pooler\."),
-        tied=tied,
-        ties=True,
-    )
-
-
-_BERT = _encoder(
-    (
-        ("cls.predictions.decoder.weight", "embeddings.word_embeddings.weight"),
-        ("cls.predictions.decoder.bias", "cls.predictions.bias"),
-    )
+LLAMA = Family(
+    stacks={"": Stack(("layers",), "num_hidden_layers")},
+    outside={"embed_tokens": _EMBEDDING, "norm": _NORM, **_HEADS},
+    inside={
+        "self_attn": "attention",
+        "self_attn.q_norm": "norm",
+        "self_attn.k_norm": "norm",
+        "mlp": "ffn",
+        "block_sparse_moe": "ffn",
+        "input_layernorm": "norm",
+        "post_attention_layernorm": "norm",
+        "pre_feedforward_layernorm": "norm",
+        "post_feedforward_layernorm": "norm",
+    },
+    prefixes=("model.", "transformer."),
+    buffers=("rotary_emb.inv_freq", "self_attn.rotary_emb.inv_freq"),
+    tied=(("lm_head.weight", "embed_tokens.weight"),),
 )
-_ROBERTA = _encoder(
-    (
-        ("lm_head.decoder.weight", "embeddings.word_embeddings.weight"),
-        ("lm_head.decoder.bias", "lm_head.bias"),
-    )
-)
+_LLAMA_TIED = replace(LLAMA, ties_by_default=True)
 
-_GPT2 = Family(
-    stacks=(Stack("", r"^(?:transformer\.)?h\.(?P<layer>\d+)\.", "n_layer"),),
-    embedding=(r"^(?:transformer\.)?wte\.weight$",),
-    head=(r"^lm_head\.", r"^score\.", r"^classifier\.", r"^qa_outputs\."),
-    norm=(r"^(?:transformer\.)?ln_f\.",),
-    after=(r"^(?:transformer\.)?ln_f\.", r"^lm_head\.", r"^score\.", r"^classifier\.", r"^qa_outputs\."),
+GPT2 = Family(
+    stacks={"": Stack(("h",), "n_layer")},
+    outside={"wte": _EMBEDDING, "wpe": _EMBEDDING, "ln_f": _NORM, "multiple_choice_head": _HEAD, **_HEADS},
+    inside={
+        "attn": "attention",
+        "crossattention": "attention",
+        "mlp": "ffn",
+        "ln_1": "norm",
+        "ln_2": "norm",
+        "ln_cross_attn": "norm",
+    },
+    prefixes=("transformer.",),
+    buffers=("attn.bias", "attn.masked_bias", "crossattention.bias", "crossattention.masked_bias"),
     tied=(("lm_head.weight", "wte.weight"),),
-    ties=True,
+    ties_by_default=True,
 )
 
-_T5 = Family(
-    stacks=(
-        Stack("encoder", _ANY + r"encoder\.block\.(?P<layer>\d+)\.", "num_layers", _ANY + r"encoder\."),
-        Stack("decoder", _ANY + r"decoder\.block\.(?P<layer>\d+)\.", "num_decoder_layers", _ANY + r"decoder\."),
-    ),
-    embedding=(_ANY + r"shared\.weight$", _ANY + r"embed_tokens\.weight$"),
-    head=(r"^lm_head\.", r"^classification_head\.", r"^classifier\.", r"^qa_outputs\."),
-    norm=(_ANY + r"final_layer_norm\.weight$",),
-    after=(
-        _ANY + r"final_layer_norm\.weight$",
-        r"^lm_head\.",
-        r"^classification_head\.",
-        r"^classifier\.",
-        r"^qa_outputs\.",
-    ),
-    tied=(
-        ("encoder.embed_tokens.weight", "shared.weight"),
-        ("decoder.embed_tokens.weight", "shared.weight"),
-        ("lm_head.weight", "shared.weight"),
-    ),
-    ties=True,
+_BERT_LAYER = {
+    "attention.self": "attention",
+    "attention.output.dense": "attention",
+    "attention.output.LayerNorm": "norm",
+    "crossattention.self": "attention",
+    "crossattention.output.dense": "attention",
+    "crossattention.output.LayerNorm": "norm",
+    "intermediate": "ffn",
+    "output.dense": "ffn",
+    "output.LayerNorm": "norm",
+}
+_BERT_HEADS = {"pooler": _AFTER, "cls": _HEAD, **_HEADS}
+_WORDS = "embeddings.word_embeddings.weight"
+
+BERT = Family(
+    stacks={"": Stack(("encoder.layer",), "num_hidden_layers")},
+    outside={"embeddings": _EMBEDDING, "embeddings.LayerNorm": Outside("norm", "before"), **_BERT_HEADS},
+    inside=_BERT_LAYER,
+    prefixes=("bert.",),
+    buffers=("embeddings.position_ids", "embeddings.token_type_ids"),
+    tied=(("cls.predictions.decoder.weight", _WORDS), ("cls.predictions.decoder.bias", "cls.predictions.bias")),
+    ties_by_default=True,
+)
+ROBERTA = replace(
+    BERT,
+    prefixes=("roberta.",),
+    tied=(("lm_head.decoder.weight", _WORDS), ("lm_head.decoder.bias", "lm_head.bias")),
+)
+ELECTRA = replace(
+    BERT,
+    outside={
+        **BERT.outside,
+        "embeddings_project": _BEFORE,
+        "generator_predictions": _HEAD,
+        "generator_lm_head": _HEAD,
+        "discriminator_predictions": _HEAD,
+        "sequence_summary": _AFTER,
+    },
+    prefixes=("electra.",),
+    tied=(("generator_lm_head.weight", _WORDS),),
+)
+DISTILBERT = Family(
+    stacks={"": Stack(("transformer.layer",), "n_layers")},
+    outside={
+        "embeddings": _EMBEDDING,
+        "embeddings.LayerNorm": Outside("norm", "before"),
+        "vocab_transform": _HEAD,
+        "vocab_layer_norm": _HEAD,
+        "vocab_projector": _HEAD,
+        "pre_classifier": _HEAD,
+        **_HEADS,
+    },
+    inside={"attention": "attention", "ffn": "ffn", "sa_layer_norm": "norm", "output_layer_norm": "norm"},
+    prefixes=("distilbert.",),
+    buffers=("embeddings.position_ids",),
+    tied=(("vocab_projector.weight", _WORDS),),
+    ties_by_default=True,
 )
 
-_VIT = Family(
-    stacks=(Stack("", r"^(?:\w+\.)?(?:encoder\.layer|layers|encoder\.layers)\.(?P<layer>\d+)\.", "num_hidden_layers"),),
-    embedding=(),
-    head=(r"^classifier\.", r"^cls_classifier\.", r"^distillation_classifier\.", r"^decoder\."),
-    norm=(r"^(?:\w+\.)?layernorm\.",),
-    after=(
-        r"^(?:\w+\.)?layernorm\.",
-        r"^(?:\w+\.)?pooler\.",
-        r"^classifier\.",
-        r"^cls_classifier\.",
-        r"^distillation_classifier\.",
-        r"^decoder\.",
-    ),
+T5 = Family(
+    stacks={
+        "encoder": Stack(("encoder.block",), "num_layers"),
+        "decoder": Stack(("decoder.block",), "num_decoder_layers"),
+    },
+    outside={
+        "shared": _EMBEDDING,
+        "encoder.embed_tokens": Outside("embedding", "before", "encoder"),
+        "decoder.embed_tokens": Outside("embedding", "before", "decoder"),
+        "encoder.final_layer_norm": Outside("norm", "after", "encoder"),
+        "decoder.final_layer_norm": Outside("norm", "after", "decoder"),
+        "classification_head": _HEAD,
+        **_HEADS,
+    },
+    inside={
+        "layer.*.SelfAttention": "attention",
+        "layer.*.EncDecAttention": "attention",
+        "layer.*.DenseReluDense": "ffn",
+        "layer.*.layer_norm": "norm",
+    },
+    prefixes=("transformer.",),
+    tied=(("lm_head.weight", "shared.weight"),),
+    always_tied=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")),
+    ties_by_default=True,
 )
 
-_CLIP = Family(
-    stacks=(
-        Stack(
-            "text", r"^text_model\.(?:encoder\.)?layers\.(?P<layer>\d+)\.", "text_config.num_hidden_layers", r"^text_"
-        ),
-        Stack(
-            "vision",
-            r"^vision_model\.(?:encoder\.)?layers\.(?P<layer>\d+)\.",
-            "vision_config.num_hidden_layers",
-            r"^visi?on|^visual_",
-        ),
-    ),
-    embedding=(r"token_embedding\.weight$",),
-    head=(r"^text_projection\.", r"^visual_projection\.", r"^classifier\.", r"^logit_scale$"),
-    norm=(r"final_layer_norm\.", r"post_layernorm\."),
-    after=(
-        r"final_layer_norm\.",
-        r"post_layernorm\.",
-        r"^text_projection\.",
-        r"^visual_projection\.",
-        r"^classifier\.",
-        r"^logit_scale$",
-    ),
+VIT = Family(
+    stacks={"": Stack(("encoder.layer", "layers"), "num_hidden_layers")},
+    outside={
+        "embeddings": _EMBEDDING,
+        "layernorm": _NORM,
+        "pooler": _AFTER,
+        "decoder": _HEAD,
+        "cls_classifier": _HEAD,
+        "distillation_classifier": _HEAD,
+        **_HEADS,
+    },
+    inside={
+        "attention": "attention",
+        "intermediate": "ffn",
+        "output": "ffn",
+        "mlp": "ffn",
+        "layernorm_before": "norm",
+        "layernorm_after": "norm",
+    },
+    prefixes=("vit.", "deit."),
 )
 
-# By the `model_type` of config.json.
+_CLIP_LAYER = {"self_attn": "attention", "mlp": "ffn", "layer_norm1": "norm", "layer_norm2": "norm"}
+
+
+def _tower(prefix: str, stack: str, tensors: Mapping[str, Outside]) -> dict[str, Outside]:
+    return {prefix + name: replace(outside, stack=stack) for name, outside in tensors.items()}
+
+
+_CLIP_TEXT = {"embeddings": _EMBEDDING, "final_layer_norm": _NORM}
+_CLIP_VISION = {"embeddings": _EMBEDDING, "pre_layrnorm": Outside("norm", "before"), "post_layernorm": _NORM}
+CLIP = Family(
+    stacks={
+        "text": Stack(("text_model.encoder.layers",), "text_config.num_hidden_layers"),
+        "vision": Stack(("vision_model.encoder.layers",), "vision_config.num_hidden_layers"),
+    },
+    outside={
+        **_tower("text_model.", "text", _CLIP_TEXT),
+        **_tower("vision_model.", "vision", _CLIP_VISION),
+        "text_projection": Outside("", "after", "text"),
+        "visual_projection": Outside("", "after", "vision"),
+        "logit_scale": _AFTER,
+        **_HEADS,
+    },
+    inside=_CLIP_LAYER,
+    buffers=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
+)
+CLIP_TEXT = Family(
+    stacks={"": Stack(("encoder.layers",), "num_hidden_layers")},
+    outside={**_CLIP_TEXT, "text_projection": _AFTER},
+    inside=_CLIP_LAYER,
+    prefixes=("text_model.",),
+    buffers=("embeddings.position_ids",),
+)
+CLIP_VISION = replace(
+    CLIP_TEXT,
+    outside={**_CLIP_VISION, "visual_projection": _AFTER, **_HEADS},
+    prefixes=("vision_model.",),
+)
+
+# `model_type` of config.json -> table. Each of them is checked against a real model in tests/axes.
 FAMILIES: dict[str, Family] = {
-    "llama": _decoder(),
-    "mistral": _decoder(),
-    "qwen2": _decoder(),
-    "qwen3": _decoder(),
-    "gpt2": _GPT2,
-    "bert": _BERT,
-    "roberta": _ROBERTA,
-    "xlm-roberta": _ROBERTA,
-    "t5": _T5,
-    "vit": _VIT,
-    "deit": _VIT,
-    "clip": _CLIP,
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "mistral": LLAMA,
+    "qwen3": LLAMA,
+    "phi3": LLAMA,
+    "olmo2": LLAMA,
+    "granite": LLAMA,
+    "mixtral": LLAMA,
+    "gemma": _LLAMA_TIED,
+    "gemma2": _LLAMA_TIED,
+    "gemma3_text": _LLAMA_TIED,
+    "smollm3": _LLAMA_TIED,
+    "gpt2": GPT2,
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "electra": ELECTRA,
+    "distilbert": DISTILBERT,
+    "t5": T5,
+    "mt5": T5,
+    "vit": VIT,
+    "deit": VIT,
+    "clip": CLIP,
+    "clip_text_model": CLIP_TEXT,
+    "clip_vision_model": CLIP_VISION,
 }

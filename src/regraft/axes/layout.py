@@ -1,179 +1,182 @@
-"""Where a tensor sits in its model: in which layer of which stack, before or after it, and in which role.
+"""Where each tensor of a model belongs: which layer of which stack, or which side of the layers, and as what.
 
-Families are described by tables (`families.py`); a model of a family without a table is described by what its tensor
-names show, a numbered group that repeats, which is enough to place tensors in layers but not to change the number of
-layers. Names are matched whether or not the checkpoint has the prefix of a bare base model ("model.", "bert.").
+A family that has a table (`regraft.axes.families`) is read from it. For any other, stacks of layers are inferred from
+numbered groups of names, and `known` is False: what is inferred from names alone may be wrong, and says so.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Literal
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, TypeVar
 
-from regraft.axes.families import FAMILIES, Family, Stack
+from regraft.axes.families import FAMILIES, Family
+from regraft.axes.infer import infer
+from regraft.axes.place import Place, Scheme
 
-Position = Literal["before", "inside", "after"]
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor sits.
-
-    Attributes:
-        layer: index from the input, 0-based, within its stack; None outside the layers.
-        num_layers: layers of that stack (of the main stack for tensors outside); None where none are known.
-        stack: "" if the model has one stack, else "encoder", "decoder", "text", "vision".
-        role: "embedding", "head", "norm" (outside the layers), "buffer" (computed from the config, no weights) or "".
-        position: before the layers, inside or after them.
-    """
-
-    layer: int | None = None
-    num_layers: int | None = None
-    stack: str = ""
-    role: str = ""
-    position: Position = "before"
-
-
-@dataclass(frozen=True)
 class Layout:
-    """The layers of one model; made by `layout`.
+    """The places of all tensors of one model; made by `layout`.
 
     Attributes:
-        family: the table used, "" if the names alone were used; `known` says which.
-        stacks: stack name -> number of layers.
-        tied: pairs (alias, canonical) that the configuration ties.
-        layer_count_key: stack name -> key of config.json that holds its number of layers.
+        family: `model_type` of the configuration, "" if that does not say.
+        known: whether a table describes this family; if not, layers were inferred from names.
+        stacks: name of each stack of layers -> how many layers the tensors have.
+        tied: (alias, canonical) names of tensors that are one, because the configuration ties them.
+        layer_count_key: stack -> the configuration's key of its number of layers (dotted if nested).
     """
 
-    family: str
-    stacks: Mapping[str, int]
-    tied: tuple[tuple[str, str], ...] = ()
-    layer_count_key: Mapping[str, str] = field(default_factory=dict)
-    _table: Family | None = field(default=None, repr=False)
-
-    @property
-    def known(self) -> bool:
-        return self._table is not None
+    def __init__(
+        self,
+        family: str,
+        known: bool,
+        scheme: Scheme,
+        stacks: Mapping[str, int],
+        tied: tuple[tuple[str, str], ...] = (),
+        layer_count_key: Mapping[str, str] | None = None,
+    ) -> None:
+        self.family, self.known, self.stacks, self.tied = family, known, dict(stacks), tied
+        self.layer_count_key = dict(layer_count_key or {})
+        self._scheme = scheme
+        self._places: dict[str, Place] = {}
 
     def place(self, name: str) -> Place:
-        """The place of a tensor; tensors that no table mentions sit before the layers, without a role."""
-        stack, found = self._layer(name)
-        if found is not None and stack is not None:
-            return Place(int(found["layer"]), self.stacks.get(stack.name), stack.name, self._role(name), "inside")
-        role = self._role(name)
-        main, position = self._outside(name, role)
-        return Place(None, self.stacks.get(main), main, role, position)
+        """Where the tensor `name` belongs. A name that nothing is known of is outside the layers, without a role."""
+        found = self._places.get(name)
+        if found is None:
+            found = self._places[name] = self._find(name)
+        return found
+
+    def _find(self, name: str) -> Place:
+        split = self._scheme.split(name)
+        if split is None:
+            if self._scheme.buffer(name):
+                return Place(role="buffer")
+            return self._scheme.outside(name) or Place()
+        stack, _, layer, rest = split
+        role = "buffer" if self._scheme.buffer(rest) else ""
+        return Place(layer, self.stacks.get(stack), stack, role, "inside", self._scheme.part(rest) or "")
 
     def renamed(self, name: str, layer: int) -> str:
-        """The name of the same tensor in another layer; names outside the layers stay."""
-        _, found = self._layer(name)
-        if found is None:
-            return name
-        return f"{name[: found.start('layer')]}{layer}{name[found.end('layer') :]}"
+        """The name of the same tensor in another layer.
 
-    def _layer(self, name: str) -> tuple[Stack | None, re.Match[str] | None]:
-        if self._table is None:
-            found = _numbered(name, tuple(self.stacks))
-            return (
-                (Stack(found["stack"] if len(self.stacks) > 1 else next(iter(self.stacks)), "", ""), found)
-                if found
-                else (None, None)
-            )
-        for stack in self._table.stacks:
-            found = _compiled(stack.layers).search(name)
-            if found:
-                return stack, found
-        return None, None
+        Raises:
+            ValueError: if `name` is not in a layer.
+        """
+        split = self._scheme.split(name)
+        if split is None:
+            raise ValueError(f"{name} is outside the layers")
+        _, head, _, rest = split
+        return f"{head}{layer}.{rest}"
 
-    def _role(self, name: str) -> str:
-        if name.endswith(_BUFFERS):
-            return "buffer"
-        if self._table is None:
-            return ""
-        for role in ("embedding", "head", "norm"):
-            if any(_compiled(p).search(name) for p in getattr(self._table, role)):
-                return role
-        return ""
-
-    def _outside(self, name: str, role: str) -> tuple[str, Position]:
-        if self._table is None:
-            return (next(iter(self.stacks)) if len(self.stacks) == 1 else ""), "before"
-        after = any(_compiled(p).search(name) for p in self._table.after)
-        names = [s for s in self._table.stacks if s.prefix and _compiled(s.prefix).search(name)]
-        main = names[0].name if names else self._table.stacks[-1 if after else 0].name
-        return main, "after" if after else "before"
-
-
-# Computed from the config when the model is built; old checkpoints store them.
-_BUFFERS = ("inv_freq", "masked_bias", "position_ids")
-_NUMBERED = re.compile(r"(?P<stack>(?:^|.*?\.)[A-Za-z_][\w]*)\.(?P<layer>\d+)\.")
-
-
-@lru_cache(maxsize=256)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
-
-
-def _numbered(name: str, stacks: tuple[str, ...]) -> re.Match[str] | None:
-    found = _NUMBERED.match(name)
-    return found if found and (found["stack"] in stacks or stacks == ("",)) else None
+    def unplaced(self, names: Collection[str]) -> list[str]:
+        """The names among `names` that the family's table, or the inference, says nothing of."""
+        return [name for name in names if not _explained(self._scheme, name)]
 
 
 def layout(config: Mapping[str, Any], names: Collection[str]) -> Layout:
-    """The layout of a model.
+    """The places of a model's tensors.
 
     Args:
-        config: config.json, {} if there is none.
-        names: names of its stored tensors.
+        config: config.json; may be empty, then a table is taken that explains every name, if there is one.
+        names: the names of the stored tensors.
     """
-    table = FAMILIES.get(str(config.get("model_type") or ""))
-    if table is None:
-        return _inferred(names)
-    counts = {s.name: 0 for s in table.stacks}
-    for name in names:
-        for stack in table.stacks:
-            found = _compiled(stack.layers).search(name)
-            if found:
-                counts[stack.name] = max(counts[stack.name], int(found["layer"]) + 1)
-                break
-    present = {s: n for s, n in counts.items() if n}
-    if not present:
-        return _inferred(names)
-    tied = _tied(table, config, names)
-    keys = {s.name: s.count_key for s in table.stacks if s.name in present}
-    return Layout(str(config["model_type"]), present, tied, keys, table)
+    kind = str(config.get("model_type") or "")
+    if kind in FAMILIES:
+        scheme = _Table(FAMILIES[kind], names)
+        if scheme.stacks:
+            return Layout(kind, True, scheme, scheme.stacks, scheme.tied(config, names), scheme.count_keys)
+    elif not kind:
+        for family in FAMILIES.values():
+            scheme = _Table(family, names)
+            if scheme.stacks and all(_explained(scheme, name) for name in names):
+                return Layout("", True, scheme, scheme.stacks, (), scheme.count_keys)
+    inferred = infer(config, names)
+    return Layout(kind, False, inferred, inferred.stacks, (), inferred.count_keys)
 
 
-def _tied(table: Family, config: Mapping[str, Any], names: Collection[str]) -> tuple[tuple[str, str], ...]:
-    flag = config.get("tie_word_embeddings")
-    if flag is None:
-        flag = table.ties
-    if not flag:
-        return ()
-    pairs = []
-    for alias, canonical in table.tied:
-        # The names as this checkpoint has them, with or without the prefix of the bare model.
-        real_alias = next((n for n in names if n == alias or n.endswith(f".{alias}")), alias)
-        real = next((n for n in names if n == canonical or n.endswith(f".{canonical}")), canonical)
-        pairs.append((real_alias, real))
-    return tuple(pairs)
+def _explained(scheme: Scheme, name: str) -> bool:
+    split = scheme.split(name)
+    if split is None:
+        return scheme.buffer(name) or scheme.outside(name) is not None
+    return scheme.buffer(split[3]) or scheme.part(split[3]) is not None
 
 
-def _inferred(names: Collection[str]) -> Layout:
-    """Stacks from the numbered groups with the most tensors; small groups, such as two norms of a head, are none."""
-    groups: Counter[str] = Counter()
-    layers: dict[str, int] = {}
-    for name in names:
-        found = _NUMBERED.match(name)
-        if found:
-            groups[found["stack"]] += 1
-            layers[found["stack"]] = max(layers.get(found["stack"], 0), int(found["layer"]) + 1)
-    if not groups:
-        return Layout("", {})
-    most = max(groups.values())
-    stacks = {prefix: layers[prefix] for prefix, count in groups.items() if count * 4 >= most}
-    return Layout("", stacks)
+class _Table:
+    """A family's table, applied to the names of one checkpoint."""
+
+    def __init__(self, family: Family, names: Collection[str]) -> None:
+        self._family = family
+        self._prefixes = (*family.prefixes, "")
+        self._prefix = ""
+        self.stacks: dict[str, int] = {}
+        for name in names:
+            if (split := self.split(name)) is not None:
+                stack, head, layer, _ = split
+                self.stacks[stack] = max(self.stacks.get(stack, 0), layer + 1)
+                self._prefix = next(p for p in self._prefixes if head.startswith(p))
+        self.stacks = {stack: self.stacks[stack] for stack in family.stacks if stack in self.stacks}
+        self.count_keys = {stack: family.stacks[stack].count for stack in self.stacks}
+
+    def split(self, name: str) -> tuple[str, str, int, str] | None:
+        for prefix, bare in self._bare(name):
+            for stack, where in self._family.stacks.items():
+                for path in where.paths:
+                    if bare.startswith(path + "."):
+                        number, _, rest = bare[len(path) + 1 :].partition(".")
+                        if number.isdecimal() and rest:
+                            return stack, f"{prefix}{path}.", int(number), rest
+        return None
+
+    def outside(self, name: str) -> Place | None:
+        for _, bare in self._bare(name):
+            found = _longest(self._family.outside, bare)
+            if found is not None:
+                return Place(None, None, found.stack, found.role, found.position)
+        return None
+
+    def part(self, rest: str) -> str | None:
+        return _longest(self._family.inside, rest)
+
+    def buffer(self, name: str) -> bool:
+        return any(bare in self._family.buffers for _, bare in self._bare(name))
+
+    def tied(self, config: Mapping[str, Any], names: Collection[str]) -> tuple[tuple[str, str], ...]:
+        """The pairs that are one tensor here. Where only the alias is stored, the pair is the other way round."""
+        pairs = list(self._family.always_tied)
+        if config.get("tie_word_embeddings", self._family.ties_by_default):
+            pairs += self._family.tied
+        stored = set(names)
+        found = []
+        for alias, canonical in pairs:
+            one, other = self._full(alias, stored), self._full(canonical, stored)
+            found.append((other, one) if one in stored and other not in stored else (one, other))
+        return tuple(found)
+
+    def _full(self, bare: str, stored: Collection[str]) -> str:
+        for prefix in self._prefixes:
+            if prefix + bare in stored:
+                return prefix + bare
+        outside = _longest(self._family.outside, bare)
+        return bare if outside is not None and outside.role == "head" else self._prefix + bare
+
+    def _bare(self, name: str) -> Iterator[tuple[str, str]]:
+        for prefix in self._prefixes:
+            if name.startswith(prefix):
+                yield prefix, name[len(prefix) :]
+
+
+def _longest(table: Mapping[str, T], name: str) -> T | None:
+    """The value of the longest entry that `name` equals or lies below; "*" is any one component."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        plain = ".".join(parts[:length])
+        if plain in table:
+            return table[plain]
+        for pattern in table:
+            if "*" in pattern:
+                wanted = pattern.split(".")
+                if len(wanted) == length and all(w in ("*", p) for w, p in zip(wanted, parts, strict=False)):
+                    return table[pattern]
+    return None

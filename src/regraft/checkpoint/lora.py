@@ -23,8 +23,8 @@ _GROUP = 1 << 16  # elements per group of rows, at least one row
 class _Rowwise:
     """A tensor seen as a matrix (rows, cols), computed from the rows of a base of the same shape and dtype."""
 
-    def __init__(self, base: TensorSource, *, name: str = "") -> None:
-        self.name, self.shape, self.dtype = name or base.name, base.shape, base.dtype
+    def __init__(self, base: TensorSource) -> None:
+        self.name, self.shape, self.dtype = base.name, base.shape, base.dtype
         self._base = base
         self._rows = base.shape[0]
         self._cols = max(numel(base) // max(self._rows, 1), 1)
@@ -71,7 +71,6 @@ class LoraTensor(_Rowwise):
         transposed: W is stored (in, out), so that `(up @ down).T` is added. Embeddings are of this kind.
         magnitude: DoRA's vector with one norm per output, `out` elements in any shape; the weight of output o becomes
             `magnitude[o] * (W + delta)[o] / norm((W + delta)[o])` (Liu et al. 2024, arXiv:2402.09353).
-        name: that of the result, if not the base's.
     """
 
     def __init__(
@@ -83,9 +82,8 @@ class LoraTensor(_Rowwise):
         *,
         transposed: bool = False,
         magnitude: TensorSource | None = None,
-        name: str = "",
     ) -> None:
-        super().__init__(base, name=name)
+        super().__init__(base)
         self._down, self._up, self._scaling = down, up, scaling
         self._transposed, self._magnitude = transposed, magnitude
         self._rank = down.shape[0]

@@ -55,7 +55,7 @@ class Checkpoint:
         config: config.json, {} if there is none.
         files: the other files by name relative to `path` (no weights, no config.json).
         repo_id, revision: Hub id and commit hash, where the model comes from the Hub.
-        adapters: references of the adapters that `tensors` include.
+        adapters: references of the adapters that `tensors` include, those from the Hub with their commit hash.
         remarks: sentences on what is unusual about the folder.
         stamps: a text per file (name, size, time of change) that enters `digest`.
     """
@@ -161,8 +161,8 @@ def open_checkpoint(ref: str, *, relative_to: Path | None = None, offline: bool 
     for adapter in parsed.adapters:
         from regraft.checkpoint.adapter import apply
 
-        folder, _ = _fetched(adapter, relative_to, offline)
-        checkpoint = apply(checkpoint, folder, str(adapter))
+        folder, commit = _fetched(adapter, relative_to, offline)
+        checkpoint = apply(checkpoint, folder, str(Ref(adapter.model, commit or adapter.revision)))
     return checkpoint
 
 
@@ -178,8 +178,8 @@ def open_local(path: Path) -> Checkpoint:
     single = not path.is_dir()
     folder = path.parent if single else path
     try:
-        weights = file_weights(path) if single else folder_weights(path)
         config = _config(folder)
+        weights = file_weights(path) if single else folder_weights(path, config.get("transformers_weights") or "")
         files, remarks = _other_files(folder) if config or not single else ({}, [])
     except PermissionError as error:
         what = f"the folder cannot be read: {error.strerror}"
@@ -228,10 +228,11 @@ def _config(folder: Path) -> dict[str, Any]:
     if not (path.is_symlink() or path.exists()):
         return {}
     config: dict[str, Any] = read_json(path)
-    kind, classes = config.get("model_type"), config.get("architectures")
+    classes = config.get("architectures")
     fix = "restore the file from where the model came from"
-    if not isinstance(kind, (str, type(None))):
-        raise UserError("RG105", f"model_type is {shown(kind)} and not a text", where=str(path), fix=fix)
+    for key in ("model_type", "transformers_weights"):
+        if not isinstance(config.get(key), (str, type(None))):
+            raise UserError("RG105", f"{key} is {shown(config[key])} and not a text", where=str(path), fix=fix)
     if not (classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))):
         raise UserError("RG105", f"architectures is {shown(classes)} and not a list of texts", where=str(path), fix=fix)
     return config

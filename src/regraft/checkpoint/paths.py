@@ -1,9 +1,10 @@
 """Paths that come from outside, and references to models: what a name may point to, before anything is opened.
 
 A model's folder is foreign material, so a name inside it (in an index, or a symbolic link) must not lead out of it.
-One exception is needed: the Hub's cache keeps a revision as `snapshots/<commit>/` full of links into `blobs/` beside
-`snapshots/`. A link is accepted as such if an ancestor of the folder lies directly in a folder called `snapshots`, and
-the link ends at a file directly in the real (not linked) folder `blobs` beside it.
+One exception is needed: the Hub's cache keeps a revision as `<cache>/models--x/snapshots/<commit>/`, full of links to
+`<cache>/models--x/blobs/<etag>`, which since huggingface_hub 2 may be links to `<cache>/blobs/<2 digits>/<64 digits>`.
+A link is accepted as such if the folder, or one above it, lies directly in a folder called `snapshots`, and the link
+ends in one of these two places, looked up from there; neither `blobs` may be a link itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from regraft.errors import UserError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_XET_HASH = re.compile(r"[0-9a-f]{64}")
 _LFS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 _LFS_STUB_BYTES = 1024  # git-lfs takes larger files for content
 
@@ -147,10 +149,14 @@ def inside(folder: Path, name: str, *, where: Path | str) -> Path:
 
 
 def _in_own_blobs(folder: Path, target: Path) -> bool:
-    """Whether `target` is a blob of the Hub cache that the (resolved) `folder` is a snapshot of."""
+    """Whether `target` is a blob in the Hub cache that the folder is a snapshot in; both paths are resolved."""
     for snapshot in (folder, *folder.parents):
         if snapshot.parent.name == "snapshots":
-            return target.parent == snapshot.parent.parent / "blobs"
+            repo = snapshot.parent.parent
+            shared = repo.parent / "blobs" / target.name[:2] / target.name
+            return target.parent == repo / "blobs" or (
+                target == shared and _XET_HASH.fullmatch(target.name) is not None
+            )
     return False
 
 

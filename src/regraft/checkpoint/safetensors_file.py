@@ -2,7 +2,8 @@
 
 A file is 8 bytes of header length, a JSON header, then the data. Accepted are unique names (the format demands them,
 its own library does not check), known dtypes, sizes that follow from dtype and shape, and ranges that cover the data
-from the first byte to the last with no gap and no overlap. Tensors are then (file, offset, dtype, shape); slices are read on demand.
+from the first byte to the last with no gap and no overlap. A tensor is then a file, an offset, a dtype and a shape;
+slices of it are read on demand.
 """
 
 from __future__ import annotations

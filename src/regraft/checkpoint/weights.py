@@ -1,7 +1,8 @@
 """Which files of a folder hold the model, and what is in them.
 
-The order is that of `from_pretrained`, so that regraft reads what users run: model.safetensors, its index,
-pytorch_model.bin, its index; the first that is there is taken and the others are a remark. An index is foreign text:
+The order is that of `from_pretrained`, so that regraft reads what users run: the file that config.json names as
+`transformers_weights`, model.safetensors, its index, pytorch_model.bin, its index; the first that is there is taken
+and the others are a remark. An index is foreign text:
 every file name in it is checked before it is opened, and every tensor must be where the index says.
 """
 
@@ -53,8 +54,12 @@ def is_weight_file(name: str) -> bool:
     return name.endswith((*WEIGHT_SUFFIXES, *_OTHER_WEIGHTS, ".safetensors.index.json", ".bin.index.json"))
 
 
-def folder_weights(folder: Path) -> Weights:
+def folder_weights(folder: Path, named: str = "") -> Weights:
     """The weights in a model's folder; headers only are read, except from pickles of the old format.
+
+    Args:
+        folder: the model's folder.
+        named: the file that the model's config wants to be read, if it wants one.
 
     Raises:
         UserError: RG102 (none, or shards missing), RG103 and RG111 (damaged), RG104 (a name or link that leaves the
@@ -62,6 +67,8 @@ def folder_weights(folder: Path) -> Weights:
             adapter), RG109 (formats that cannot be merged).
     """
     found = [name for name in CANDIDATES if (folder / name).is_symlink() or (folder / name).exists()]
+    if named:
+        found = [named, *(name for name in found if name != named)]
     if not found:
         raise _nothing(folder)
     first, *others = found
@@ -71,7 +78,7 @@ def folder_weights(folder: Path) -> Weights:
     path = inside(folder, first, where=folder)
     if not path.is_file():
         fix = "download the model again, or name another folder"
-        raise UserError("RG102", f"{first} is a link to nothing or no file", where=str(folder), fix=fix)
+        raise UserError("RG102", f"{shown(first)} is missing, or no file", where=str(folder), fix=fix)
     weights = _sharded(folder, path) if first.endswith(".json") else file_weights(path)
     return Weights(weights.tensors, weights.aliases, weights.files, (*remarks, *weights.remarks))
 
@@ -130,7 +137,7 @@ def _sharded(folder: Path, index: Path) -> Weights:
     if missing:
         what = f"{len(missing)} of {len(names)} files that the index names are missing: {listed(missing)}"
         raise UserError("RG102", what, where=str(index), fix="download them into the folder")
-    suffix = ".safetensors" if index.name.startswith("model.") else ".bin"
+    suffix = ".safetensors" if ".safetensors." in index.name else ".bin"
     tensors: dict[str, TensorSource] = {}
     aliases: dict[str, str] = {}
     unlisted: list[str] = []

@@ -45,8 +45,7 @@ def as_jobs(
             if source.shape != tuple(reference.shape):
                 what = f"{name} has shape {source.shape} in {label} and {tuple(reference.shape)} in the template"
                 raise UserError("RG201", what, fix="merge models of one architecture and vocabulary")
-        place = places.place(name)
-        info = TensorInfo(name, tuple(reference.shape), place.layer, place.num_layers, place.stack, place.role)
+        info = TensorInfo.of(name, tuple(reference.shape), places)
         if not reference.is_floating_point():
             jobs.append(Job(info, (MemoryTensor(name, reference),), reference.dtype, labels=labels))
             continue

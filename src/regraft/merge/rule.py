@@ -19,7 +19,6 @@ file, a recipe or an architecture's parameter names.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from regraft.errors import UserError, nearest
 from regraft.methods import Method, Options, Paper, register
 
 if TYPE_CHECKING:
+    from regraft.axes import Layout
     from regraft.merge.statistics import Statistic
 
 T = TypeVar("T")
@@ -85,6 +85,13 @@ class TensorInfo:
         for size in self.shape:
             n *= size
         return n
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...], layout: Layout) -> TensorInfo:
+        """The tensor `name` of a model with this layout. Outside the layers `num_layers` is that of its stack."""
+        place = layout.place(name)
+        depth = place.num_layers or layout.stacks.get(place.stack) or next(iter(layout.stacks.values()), None)
+        return cls(name, shape, place.layer, depth, place.stack, place.role)
 
 
 @dataclass
@@ -171,6 +178,7 @@ class Rule(Method, Generic[O]):
     function: Callable[[Unit[O]], Steps | Combine | Copy]
     needs_base: bool = False
     takes_base: bool = False  # reads the base where there is one
+    base_first: bool = False  # has no base, but a recipe may call the first of its models so
     min_models: int = 1
     max_models: int | None = None
     scope: Callable[[O], str] = lambda _: "tensor"  # "tensor" or "model"
@@ -236,9 +244,9 @@ class Rule(Method, Generic[O]):
     def start(self, unit: Unit[O]) -> Steps:
         """The rule's steps as a generator, also for rules that need no statistics."""
         result = self.function(unit)
-        if inspect.isgenerator(result):
+        if isinstance(result, Generator):
             return result
-        return _no_statistics(result)  # type: ignore[arg-type]
+        return _no_statistics(result)
 
     def __call__(
         self,

@@ -121,6 +121,53 @@ def _exact_sum(values: list[float]) -> float:
     return math.nan
 
 
+class RowSums:
+    """Sum of each row of `f(chunk)` over runs of `width` elements of one tensor (its rows along the last axis).
+
+    Result: float64, shape (rows of f, numel / width). Within a block each run is summed in order, and the parts of a
+    run that lie in different blocks are added in their order, so that cutting does not matter.
+    """
+
+    sweeps = 1
+
+    def __init__(self, f: Callable[[Chunk[Any]], Tensor], width: int) -> None:
+        self._f, self._width = f, width
+        self._lock = threading.Lock()
+        self._parts: list[tuple[int, Tensor]] = []
+        self.result = torch.empty(0, dtype=torch.float64)
+
+    def begin(self, numel: int) -> None:
+        self._runs = numel // self._width
+        self._parts.clear()
+
+    def observe(self, chunk: Chunk[Any]) -> list[tuple[int, Tensor]]:
+        values = self._f(chunk)
+        parts = []
+        for offset in range(0, values.shape[1], BLOCK):
+            block = values[:, offset : offset + BLOCK].to(torch.float64)
+            start = chunk.start + offset
+            stop = start + block.shape[1]
+            first, last = start // self._width, (stop - 1) // self._width
+            edges = [min((run + 1) * self._width, stop) for run in range(first, last + 1)]
+            lengths = torch.tensor([edge - low for low, edge in zip([start, *edges], edges, strict=False)])
+            sums = torch.segment_reduce(block.T.contiguous(), "sum", lengths=lengths, axis=0)
+            parts.append((start, sums.T))
+        return parts
+
+    def absorb(self, partial: list[tuple[int, Tensor]]) -> None:
+        with self._lock:
+            self._parts += partial
+
+    def finish(self) -> bool:
+        rows = self._parts[0][1].shape[0] if self._parts else 0
+        self.result = torch.zeros((rows, self._runs), dtype=torch.float64)
+        for start, sums in sorted(self._parts, key=lambda part: part[0]):
+            first = start // self._width
+            self.result[:, first : first + sums.shape[1]] += sums
+        self._parts.clear()
+        return True
+
+
 class MinMax:
     """Smallest and largest value of each row of `f(chunk)`; result: shape (rows, 2), in the arithmetic dtype."""
 
@@ -231,11 +278,11 @@ class OrderStatistic:
             self._targets = self._targets_for(self._rows)
             self._prefixes = [[0] * len(t) for t in self._targets]
         for row, targets in enumerate(self._targets):
-            for i, rank in enumerate(targets):
+            for i, wanted in enumerate(targets):
                 cumulative = self._histograms[row, self._prefixes[row][i]].cumsum(0)
-                digit = int(torch.searchsorted(cumulative, rank, right=True))
+                digit = int(torch.searchsorted(cumulative, wanted, right=True))
                 below = int(cumulative[digit - 1]) if digit else 0
-                self._targets[row][i] = rank - below
+                self._targets[row][i] = wanted - below
                 if self._level == 0:
                     digit -= _BINS >> 1  # back to the signed top digit
                     self._prefixes[row][i] = digit

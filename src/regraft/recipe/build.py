@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from regraft.axes import Layout, Place
+from regraft.axes import Layout
 from regraft.checkpoint import TensorSource
 from regraft.errors import UserError
 from regraft.merge.engine import Job
@@ -65,9 +65,8 @@ class Builder:
         for name, reference in self.template.checkpoint.tensors.items():
             if name in skip:
                 continue
-            place = self.layout.place(name)
-            length = place.num_layers or 1
-            jobs.append(self._job(name, name, reference, place, piece, self._depth(place, length)))
+            info = TensorInfo.of(name, reference.shape, self.layout)
+            jobs.append(self._job(info, name, reference, piece, self._depth(info)))
         return jobs
 
     def sliced(self, slices: Sequence[Piece]) -> tuple[list[Job], dict[str, Any]]:
@@ -102,30 +101,31 @@ class Builder:
             for name in names:
                 if theirs.place(name).layer != starts[0] + index:
                     continue
-                out = theirs.renamed(name, offset + index)
-                place = Place(offset + index, total, stack, theirs.place(name).role)
+                reference = first.checkpoint.tensors[name]
+                out, role = theirs.renamed(name, offset + index), theirs.place(name).role
+                info = TensorInfo(out, reference.shape, offset + index, total, stack, role)
                 depth = index / (length - 1) if length > 1 else 1.0
-                layers = [start + index for start in starts]
-                yield self._job(out, name, first.checkpoint.tensors[name], place, piece, depth, layers)
+                yield self._job(info, name, reference, piece, depth, [start + index for start in starts])
 
     def _outside(self, name: str, piece: Piece, total: int) -> Job:
-        place = self.layout.place(name)
-        place = Place(None, total, place.stack, place.role, place.position)
         reference = self.template.checkpoint.tensors[name]
-        return self._job(name, name, reference, place, piece, self._depth(place, total))
+        info = replace(TensorInfo.of(name, reference.shape, self.layout), num_layers=total)
+        return self._job(info, name, reference, piece, self._depth(info))
 
     def _job(
         self,
-        out: str,
+        info: TensorInfo,
         name: str,
         reference: TensorSource,
-        place: Place,
         piece: Piece,
         depth: float,
         layers: Sequence[int] | None = None,
     ) -> Job:
-        """The job for the output tensor `out`. `layers`: in slices, the layer that each input contributes."""
-        info = TensorInfo(out, reference.shape, place.layer, place.num_layers, place.stack, place.role)
+        """The job for the output tensor `info`; `name` is what the first model calls it.
+
+        `layers`: in slices, the layer that each input contributes.
+        """
+        out = info.name
         if not reference.dtype.is_floating_point or any(p.search(out) for p in self.excluded):
             dtype = self.dtype if self.dtype and reference.dtype.is_floating_point else reference.dtype
             return Job(info, (reference,), dtype, labels=(self.template.name,))
@@ -154,10 +154,11 @@ class Builder:
             return layers[0] - piece.inputs[0].layers[0] + piece.base_layers[0]
         return layers[0]
 
-    def _depth(self, place: Place, length: int) -> float:
-        if place.layer is not None:
-            return place.layer / (length - 1) if length > 1 else 1.0
-        return 1.0 if place.position == "after" and self.step.dialect == "regraft" else 0.0
+    def _depth(self, info: TensorInfo) -> float:
+        if info.layer is not None:
+            return info.layer / (info.num_layers - 1) if info.num_layers and info.num_layers > 1 else 1.0
+        after = self.layout.place(info.name).position == "after"
+        return 1.0 if after and self.step.dialect == "regraft" else 0.0
 
     def _tied_copies(self) -> set[str]:
         """Tensors that the template stores twice although they are tied: written once."""

@@ -20,7 +20,7 @@ from regraft.merge.engine import Job, group
 from regraft.merge.rule import Rule
 from regraft.methods import method
 from regraft.recipe.build import Builder, Piece
-from regraft.recipe.document import MergeStep, Slice
+from regraft.recipe.document import Input, MergeStep, Slice
 from regraft.recipe.fit import Member, check_architecture, check_config, unexpected
 from regraft.recipe.planned import PlannedCheckpoint, PlannedTensor
 from regraft.recipe.resolve import Resolver, compile_patterns
@@ -126,7 +126,7 @@ def plan_merge(
     """
     rule = method("merge", step.method, where=step.where)
     base = members[step.base] if step.base else None
-    slices = _slices(step, members, base)
+    slices = _pieces(step, rule, members, base)
     used = list(dict.fromkeys(i.model for s in slices for i in s.inputs))
     inputs = tuple(members[n] for n in used)
     if rule.needs_base and base is None:
@@ -177,23 +177,28 @@ def plan_merge(
     )
 
 
-def _slices(step: MergeStep, members: Mapping[str, Member], base: Member | None) -> tuple[Piece, ...]:
-    """The step's slices, or all models as one; in mergekit's dialect a base among the models is the base."""
-    slices = step.slices or (Slice(step.inputs, step.base, {}),)
-    cleaned = []
-    for piece in slices:
-        kept, base_layers = [], None
-        for one in piece.inputs:
-            same = base is not None and _same(members[one.model], base)
-            if same and step.dialect == "mergekit" and method("merge", step.method).needs_base:
-                base_layers = one.layers
-                continue
-            if same and not step.slices and method("merge", step.method).needs_base:
-                what = f"the base is also listed among the models ({one.model})"
+def _pieces(step: MergeStep, rule: Rule[Any], members: Mapping[str, Member], base: Member | None) -> tuple[Piece, ...]:
+    """The step's slices, or all models as one, with the base where the rule wants it.
+
+    mergekit's recipes list the base among the models; rules with a base take it out again, and rules that only call
+    their first model so (slerp) put it first.
+    """
+    pieces = []
+    for piece in step.slices or (Slice(step.inputs, step.base, {}),):
+        theirs = [i for i in piece.inputs if base is not None and _same(members[i.model], base)]
+        others = [i for i in piece.inputs if i not in theirs]
+        if base is not None and rule.base_first:
+            first = theirs or [Input(step.base or "", {}, others[0].layers if others else None)]
+            pieces.append(Piece((*first, *others), piece.settings))
+        elif base is not None and rule.needs_base and theirs:
+            if step.dialect == "regraft" and not step.slices:
+                what = f"the base is also listed among the models ({theirs[0].model})"
                 raise UserError("RG305", what, where=step.where, fix="list only its fine-tunes under models")
-            kept.append(one)
-        cleaned.append(Piece(tuple(kept), piece.settings, base_layers))
-    return tuple(cleaned)
+            pieces.append(Piece(tuple(others), piece.settings, theirs[0].layers))
+        else:
+            pieces.append(Piece(tuple(piece.inputs), piece.settings))
+        rule.check_count(len(pieces[-1].inputs), where=step.where)
+    return tuple(pieces)
 
 
 def _same(a: Member, b: Member) -> bool:

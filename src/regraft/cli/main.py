@@ -1,0 +1,64 @@
+"""The command `regraft`: parse, call the library, print. Nothing here imports torch or a model library.
+
+Each command is a file of `regraft.cli`; its function imports what it needs when it runs, so that `regraft --help` and
+shell completion answer at once.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from regraft.cli.inspect import inspect
+from regraft.cli.merge import merge
+from regraft.cli.methods import methods
+from regraft.cli.plan import plan
+from regraft.cli.run import run
+from regraft.cli.schema import schema
+from regraft.cli.terminal import Debug, Quiet, Terminal, Verbose, command
+from regraft.version import __version__
+
+app = typer.Typer(
+    name="regraft",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for function in (merge, run, plan, inspect, methods, schema):
+    app.command()(command(function))
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        others = ", ".join(f"{package} {_version(package)}" for package in ("torch", "transformers"))
+        typer.echo(f"regraft {__version__} ({others})")
+        raise typer.Exit
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@app.callback()
+def _regraft(
+    context: typer.Context,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_versions, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Reuse pre-trained models instead of training from scratch: merge real checkpoints by recipe, with evidence."""
+    context.obj = Terminal(verbose, quiet, debug)
+
+
+def main() -> None:
+    """The entry point of the command `regraft`."""
+    app(prog_name="regraft")

@@ -1,0 +1,109 @@
+"""Progress of a run: a bar on a terminal, plain lines in a log, nothing with --quiet."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from regraft.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class TerminalProgress:
+    """Draws what `regraft.recipe.progress.Progress` is told; a context manager, which puts the terminal in order."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._name = ""
+        self._begun = self._said = time.monotonic()
+        self._done = 0
+
+    def __enter__(self) -> TerminalProgress:
+        if not self._terminal.quiet and self._terminal.err.is_terminal:
+            self._bar = _bar(self._terminal)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, name: str) -> None:
+        """A step begins; the one before it is done."""
+        self._finish()
+        self._name, self._done = name, 0
+        self._begun = self._said = time.monotonic()
+        if self._bar is not None:
+            self._task = self._bar.add_task(name, total=None)
+
+    def advance(self, done: int, total: int) -> None:
+        """`done` of `total` elements of the step."""
+        self._done = done
+        if self._bar is not None:
+            if self._task is not None:
+                self._bar.update(self._task, completed=done, total=total)
+            return
+        now = time.monotonic()
+        if now - self._said >= _SECONDS_BETWEEN_LINES and 0 < done < total:
+            self._said = now
+            rate = done / max(now - self._begun, 1e-9)
+            left = duration((total - done) / rate)
+            self._terminal.line(f"{self._name}: {done / total:.0%}, {count(rate)} elements/s, {left} left")
+
+    def message(self, text: str) -> None:
+        """One line above the bar."""
+        if text.startswith("note: "):
+            self._terminal.note(text.removeprefix("note: "))
+        else:
+            self._terminal.line(text)
+
+    def _finish(self) -> None:
+        if self._task is not None and self._bar is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        if self._name and self._done:
+            self._terminal.line(f"{self._name}: done in {duration(time.monotonic() - self._begun)}")
+        self._name = ""
+
+
+def _bar(terminal: Terminal) -> Progress:
+    from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Elements per second."""
+
+        def render(self, task: Any) -> Text:
+            return Text(f"{count(task.speed)}/s" if task.speed else "", style="progress.data.speed")
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), Rate())
+    return Progress(*columns, TimeRemainingColumn(), console=terminal.err, transient=True)
+
+
+def count(number: float) -> str:
+    """`1234567` as `1.23 M`."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """`3.2 s`, `4 min 05 s`, `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

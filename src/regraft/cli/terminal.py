@@ -1,0 +1,154 @@
+"""What every command shares: the two output streams, how much to say, and how a command ends.
+
+Results go to stdout, everything else (progress, notes, errors) to stderr, so that `--json` can be piped. The exit status
+is 0 if it is done, 2 if the user's input is wrong, 130 after Ctrl-C, 1 for anything else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+import typing
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from regraft.errors import UserError, UserWarningMessage
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: the plan, and other packages' warnings.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+_FLAGS: dict[str, Any] = {"verbose": Verbose, "quiet": Quiet, "debug": Debug}
+
+UNFORESEEN = "run again with --debug for the traceback"
+
+
+@dataclass
+class Terminal:
+    """Where a command writes, and how much. `interrupted` is what Ctrl-C leaves behind, in words."""
+
+    verbose: bool = False
+    quiet: bool = False
+    debug: bool = False
+    interrupted: str = "nothing was written"
+    _noted: set[str] = field(default_factory=set)
+
+    @cached_property
+    def out(self) -> Console:
+        """Results."""
+        from rich.console import Console
+
+        return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+    @cached_property
+    def err(self) -> Console:
+        """Everything that is no result."""
+        from rich.console import Console
+
+        return Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def json(self, data: Any) -> None:
+        """Print a result for a script."""
+        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+    def line(self, text: str) -> None:
+        """A remark, unless --quiet."""
+        if not self.quiet:
+            self.err.print(text, markup=False)
+
+    def note(self, text: str) -> None:
+        """A warning, once, unless --quiet."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self.line(f"note: {text}")
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function whose first parameter is a `Terminal`; the others are its arguments and options.
+
+    Adds --verbose, --quiet and --debug, which may stand before or behind the command's name, and turns exceptions into
+    one line and an exit status.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    own = list(inspect.signature(function).parameters.values())[1:]
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    parameters = [context, *(p.replace(annotation=hints[p.name]) for p in own)]
+    for name, annotation in _FLAGS.items():
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        )
+
+    def run(context: typer.Context, verbose: bool, quiet: bool, debug: bool, **arguments: Any) -> None:
+        before = context.find_root().obj or Terminal()
+        terminal = replace(
+            before, verbose=before.verbose or verbose, quiet=before.quiet or quiet, debug=before.debug or debug
+        )
+        _run(terminal, lambda: function(terminal, **arguments))
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _run(terminal: Terminal, work: Callable[[], None]) -> None:
+    _calm_others(terminal)
+    try:
+        with warnings.catch_warnings():
+            _show_warnings(terminal)
+            work()
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except KeyboardInterrupt:
+        _fail(terminal, f"interrupted; {terminal.interrupted}", 130)
+    except UserError as error:
+        _fail(terminal, f"{error.code}: {error}", 2)
+    except BrokenPipeError:  # the reader of our output has gone, as in `regraft methods | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except Exception as error:  # noqa: BLE001 - the outermost frame, where whatever nobody foresaw ends
+        reason = " ".join(str(error).split()) or "no reason given"
+        _fail(terminal, f"error: {type(error).__name__}: {reason}; {UNFORESEEN}", 1)
+
+
+def _fail(terminal: Terminal, sentence: str, status: int) -> None:
+    if terminal.debug:
+        import traceback
+
+        traceback.print_exc()
+    sys.stderr.write(sentence + "\n")
+    raise typer.Exit(status)
+
+
+def _calm_others(terminal: Terminal) -> None:
+    """Other packages' progress bars and log lines would tear ours apart."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if terminal.verbose else "error")
+    if terminal.quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _show_warnings(terminal: Terminal) -> None:
+    if not terminal.verbose and not terminal.debug:
+        warnings.simplefilter("ignore")
+    warnings.simplefilter("always", UserWarningMessage)
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int,
+        file: TextIO | None = None, line: str | None = None,
+    ) -> None:  # fmt: skip
+        if issubclass(category, UserWarningMessage):
+            terminal.note(str(message))
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show

@@ -1,0 +1,131 @@
+"""The contract of a metric: a model's folder and a data file in, one score with an interval out.
+
+    @metric(summary="share of rows whose predicted label is right", options=AccuracyOptions)
+    def accuracy(model: Path, data: Path, options: AccuracyOptions) -> Score:
+        ...
+
+A metric reads rows as a stream, computes in batches and keeps no more than one batch of model outputs, so data of any
+length can be scored. It loads the model as `transformers` does, and never runs code from the model's folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from regraft.errors import UserError, nearest
+from regraft.methods import Method, Options, Paper, register
+
+
+class Score(BaseModel):
+    """What a metric found.
+
+    Attributes:
+        value: the score, in the unit of `metric`.
+        higher_is_better: which way is up.
+        n: how many things were scored (rows, pairs or tokens: see `unit`).
+        unit: what `n` counts.
+        interval: 95 % interval of `value`, or None where there is too little data for one.
+        per_group: the same, for the rows of each group, in the order in which the groups appear.
+        notes: facts that belong to the number: how many texts were cut, the label names, ...
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    higher_is_better: bool = True
+    n: int
+    unit: str = "rows"
+    interval: tuple[float, float] | None = None
+    per_group: dict[str, Score] = Field(default_factory=dict)
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+
+class MetricOptions(Options):
+    """Options that every metric has."""
+
+    group: str | None = Field(
+        None, description="column that names each row's group; by default 'group' if there is one"
+    )
+    split: str | None = Field(None, description="split to take from a folder that holds several, such as test")
+    limit: int | None = Field(None, ge=1, description="score only this many rows, from the start")
+    batch_size: int = Field(64, ge=1, description="rows (or windows of tokens) per forward pass")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")
+
+
+O = TypeVar("O", bound=MetricOptions)  # noqa: E741
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Method, Generic[O]):
+    """A registered metric.
+
+    `score(model folder, data, options)` measures; `check(data, options)` looks at the first row only and raises what
+    `score` would raise for missing files, unknown formats and missing columns, so that a plan can be refused early.
+    """
+
+    score: Callable[[Path, Path, O], Score]
+    check: Callable[[Path, O], None]
+    papers: tuple[Paper, ...] = field(default=())
+
+    def resolve(self, values: Mapping[str, Any], *, where: str = "") -> O:
+        """Validated options.
+
+        Raises:
+            UserError: RG302 for an unknown option, RG303 for a value out of range.
+        """
+        for name in values:
+            if name not in self.options.model_fields:
+                fix = nearest(name, self.options.model_fields)
+                raise UserError("RG302", f"{self.name} has no option {name!r}", where=where, fix=fix)
+        try:
+            return self.options(**values)  # type: ignore[return-value]
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = ".".join(str(part) for part in first["loc"])
+            what = f"{option} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+            raise UserError("RG303", what, where=where or self.name, fix=f"change {option}") from None
+
+    def __call__(self, model: Path | str, data: Path | str, **options: Any) -> Score:
+        """Measure a model: `accuracy("out/merged", "test.jsonl", limit=100)`.
+
+        Args:
+            model: folder of a saved model.
+            data: file or folder of data.
+            options: the metric's options.
+
+        Raises:
+            UserError: for options, data or a model that the metric cannot take.
+        """
+        return self.score(Path(model), Path(data), self.resolve(options))
+
+
+def metric(
+    *,
+    summary: str,
+    options: type[O],
+    check: Callable[[Path, O], None],
+    papers: tuple[Paper, ...] = (),
+) -> Callable[[Callable[[Path, Path, O], Score]], Metric[O]]:
+    """Register a metric under the function's name. See the module's docstring."""
+
+    def decorate(function: Callable[[Path, Path, O], Score]) -> Metric[O]:
+        registered: Metric[O] = Metric(
+            name=function.__name__,
+            room="evaluate",
+            summary=summary,
+            options=options,
+            papers=papers,
+            doc=sys.modules[function.__module__].__doc__ or "",
+            score=function,
+            check=check,
+        )
+        register(registered)
+        return registered
+
+    return decorate

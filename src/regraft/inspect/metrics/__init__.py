@@ -1,0 +1,1 @@
+"""Metrics: one file each; a recipe's `evaluate:` step names one."""

@@ -1,0 +1,68 @@
+"""From task vectors to one: the sum, or the mean of those that agree with the elected sign.
+
+Shared by the rules that first make task vectors sparse. `deltas` are task vectors (n, L), `weights` a column (n, 1)
+or one weight per entry (n, L).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from regraft.merge.rule import Chunk, PerModel
+from regraft.methods import Options
+
+Density = Annotated[float, Field(gt=0, le=1)]
+
+
+class TaskVectorOptions(Options):
+    """What all rules over task vectors share."""
+
+    weight: PerModel[float] = Field((1.0,), description="factor of each model's task vector")
+    lambda_: float = Field(
+        1.0, alias="lambda", description="factor of the merged task vector, before the base is added"
+    )
+
+
+def agreement(deltas: Tensor) -> Tensor:
+    """Bool (n, L): entries that have the sign of their column's sum. A sum of exactly zero counts as positive; entries
+    that are zero agree with no sign (TIES, arXiv:2306.01708, elects by total magnitude)."""
+    positive = deltas.sum(0) >= 0
+    return torch.where(positive, deltas > 0, deltas < 0)
+
+
+def total(deltas: Tensor, weights: Tensor, normalize: bool) -> Tensor:
+    """Weighted sum over models, (L,); divided by the sum of weights if `normalize` (and that is not about zero)."""
+    merged = (deltas * weights).sum(0)
+    if normalize:
+        divisor = weights.sum(0)
+        merged = merged / torch.where(divisor.abs() < 1e-8, torch.ones_like(divisor), divisor)
+    return merged
+
+
+def elected(deltas: Tensor, weights: Tensor, normalize: bool) -> Tensor:
+    """Weighted sum of the entries whose weighted sign won, (L,); their weighted mean if `normalize`."""
+    weighted = deltas * weights
+    agree = agreement(weighted)
+    merged = (weighted * agree).sum(0)
+    if normalize:
+        divisor = (agree * weights).sum(0)
+        merged = merged / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+    return merged
+
+
+def onto_base(
+    sparse: Callable[[Chunk[Any]], Tensor], join: Callable[[Tensor, Tensor, bool], Tensor]
+) -> Callable[[Chunk[Any]], Tensor]:
+    """The last pass of these rules: `base + lambda * join(sparse task vectors, weights, normalize)`."""
+
+    def combine(c: Chunk[Any]) -> Tensor:
+        merged = join(sparse(c), c.per_model(c.options.weight), c.options.normalize)
+        out: Tensor = c.base + c.options.lambda_ * merged
+        return out
+
+    return combine

@@ -1,0 +1,47 @@
+"""Drop And REscale (arXiv:2311.03099): the step that the DARE rules have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from regraft.merge.consensus import Density, TaskVectorOptions
+from regraft.merge.rule import PerModel, Unit
+from regraft.merge.sparsify import Stage, drawn, norms_restored
+from regraft.methods import Paper
+
+DARE = Paper(
+    "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
+    "Yu, Yu, Yu, Huang, Li",
+    "ICML 2024",
+    "2311.03099",
+    60,
+)
+
+
+def _spelt(value: Any) -> Any:
+    return {True: "density", False: "none"}[value] if isinstance(value, bool) else value
+
+
+class DareOptions(TaskVectorOptions):
+    density: PerModel[Density] = Field(
+        (0.1,), description="probability that an entry is kept (1 - drop rate), in (0, 1]"
+    )
+    normalize: bool = Field(False, description="divide by the sum of the weights that take part")
+    rescale: Annotated[Literal["density", "l1", "none"], BeforeValidator(_spelt)] = Field(
+        "density", description="what makes up for dropped entries: divide by the density, restore the L1 norm, nothing"
+    )
+    seed: int = Field(0, ge=0, description="seed of the draws")
+    int8_mask: bool = Field(False, description="mergekit's saving of memory; has no effect here, masks are never kept")
+
+
+def rescaled(unit: Unit[DareOptions]) -> Stage:
+    """Task vectors with entries dropped at random and the rest scaled up."""
+    o = unit.options
+    sparse = drawn(unit, o.density, o.seed)
+    if o.rescale == "l1":
+        return (yield from norms_restored(unit, sparse))
+    if o.rescale == "density":
+        return lambda c: sparse(c) / c.per_model(o.density)
+    return sparse

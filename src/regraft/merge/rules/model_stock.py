@@ -1,0 +1,66 @@
+"""Model Stock: between the base and the average of fine-tunes, at the place that the angle between them suggests.
+
+    t = N cos θ / (1 + (N − 1) cos θ),   θ = θ₀ + t · mean(δᵢ)
+
+with cos θ the mean cosine between pairs of task vectors, per tensor: fine-tunes that agree are followed, fine-tunes
+that point in different directions are averaged back towards the base. Use it for a few fine-tunes of one base on one task,
+instead of a soup of many. `filter_wise` takes the angle per row (last axis) of each tensor instead of per tensor.
+
+The paper gives the formula for equal pairwise angles; as in mergekit, unequal ones are averaged. A denominator that is
+not positive (mean cosine at or below −1/(N−1)) has no meaning: the base is kept, with a warning.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from regraft.merge.rule import Chunk, Steps, Unit, rule
+from regraft.merge.statistics import Gram, RowSums
+from regraft.methods import Options, Paper
+
+
+class ModelStockOptions(Options):
+    filter_wise: bool = Field(False, description="one angle per row of a tensor instead of one per tensor")
+
+
+@rule(
+    summary="towards the average of fine-tunes, as far as they agree",
+    options=ModelStockOptions,
+    needs_base=True,
+    min_models=2,
+    papers=[
+        Paper("Model Stock: All we need is just a few fine-tuned models", "Jang et al.", "ECCV 2024", "2403.19522")
+    ],
+)
+def model_stock(unit: Unit[ModelStockOptions]) -> Steps:
+    n = unit.n
+    pairs = [(i, j) for i in range(n) for j in range(i, n)]
+    shape = unit.infos[0].shape
+    if unit.options.filter_wise and len(shape) > 1:
+        width = shape[-1]
+        first, second = (list(side) for side in zip(*pairs, strict=True))
+        (sums,) = yield [RowSums(lambda c: c.deltas[first] * c.deltas[second], width)]
+        products = {pair: sums[k] for k, pair in enumerate(pairs)}
+    else:
+        width = max(unit.numel, 1)
+        (gram,) = yield [Gram(lambda c: c.deltas)]
+        products = {(i, j): gram[i, j].view(1) for i, j in pairs}
+    norms = [products[i, i].sqrt() for i in range(n)]
+    cosines = [(products[i, j] / (norms[i] * norms[j]).clamp(min=1e-6)).clamp(-1, 1) for i, j in pairs if i != j]
+    cosine = torch.stack(cosines).mean(0)
+    below = 1 + (n - 1) * cosine
+    t = torch.where(below > 1e-6, n * cosine / below.clamp(min=1e-6), torch.zeros_like(cosine))
+    if bool((below <= 1e-6).any()):
+        unit.warn(f"the models pull {unit.name} in opposite directions; model_stock keeps the base there")
+    unit.note(t=float(t.mean()), cosine=float(cosine.mean()))
+
+    def combine(c: Chunk[ModelStockOptions]) -> Tensor:
+        steps = t.to(c.models.dtype)
+        if len(steps) > 1:
+            rows = torch.arange(c.start, c.start + c.models.shape[1]).div(width, rounding_mode="floor")
+            steps = steps[rows]
+        return c.base + steps * c.deltas.mean(0)
+
+    return combine

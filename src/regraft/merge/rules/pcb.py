@@ -1,0 +1,149 @@
+"""PCB-Merging: every parameter of every task competes for its place, by its size and by how well it agrees.
+
+Per task i, over the whole model, with δᵢ the task vector and aᵢ = |δᵢ| clipped to its `clip` and 1 − `clip` quantiles:
+
+    βᵢ = exp(n · minmax(aᵢ)²) · tanh(δᵢ Σⱼ δⱼ)                    intra-balancing times inter-balancing
+    wᵢ = minmax(max(βᵢ, its (1 − ratio)-quantile))                drop and rescale: 0 up to the quantile, 1 at the top
+    θ  = θ₀ + Σ λᵢ sign(δᵢ) aᵢ wᵢ / max(Σ wᵢ, 1e-12)
+
+Use it for several fine-tunes of one base on different tasks; no data is needed. This is what the official code
+computes (`formula: code`); `formula: paper` is Algorithm 1 as printed, with softmax over all entries and a hard mask.
+The two are not interchangeable. `inter: normsum` and `pairwise` are the variants of the official vision code, `clip: 0.0001` that of
+its key-steps file; 0.01 is what its experiments ran.
+
+Departures: a task whose magnitudes are all equal gets minmax 0 where the official code divides by zero, so two exactly
+opposite task vectors give the base back; a model that equals the base takes no part, with a warning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from regraft.merge.rule import Chunk, PerModel, Steps, Unit, rule
+from regraft.merge.statistics import MinMax, OrderStatistic, Statistic, Sum
+from regraft.methods import Options, Paper
+
+
+class PcbOptions(Options):
+    ratio: float = Field(0.1, gt=0, le=1, description="share of each task's entries that survive, in (0, 1]")
+    lambda_: PerModel[float] = Field((1.0,), alias="lambda", description="factor of each model's task vector")
+    clip: float = Field(0.01, ge=0, lt=0.5, description="share of extreme magnitudes that is clipped at either end")
+    inter: Literal["sum", "normsum", "pairwise"] = Field("sum", description="how agreement between tasks is measured")
+    formula: Literal["code", "paper"] = Field("code", description="the official code's formula, or the paper's")
+    scope: Literal["model", "tensor"] = Field("model", description="what quantiles and extremes are taken over")
+
+
+Score = Callable[[Chunk[PcbOptions]], Tensor]
+
+
+@rule(
+    summary="balance the competition of parameters within and between tasks",
+    options=PcbOptions,
+    needs_base=True,
+    scope=lambda o: o.scope,
+    model_wide=("ratio", "clip", "inter", "formula", "scope"),
+    in_mergekit=False,
+    papers=[
+        Paper("Parameter Competition Balancing for Model Merging", "Du et al.", "NeurIPS 2024", "2410.02396", 12),
+    ],
+)
+def pcb(unit: Unit[PcbOptions]) -> Steps:
+    o = unit.options
+    if unit.n == 1:
+        unit.warn("pcb has one model to balance: the result is that model with its smaller changes dropped")
+    if o.formula == "paper":
+        return (yield from _paper(unit))
+    count = unit.numel
+    low_rank = math.floor(count * o.clip)
+    high_rank = max(low_rank, math.floor(count * (1 - o.clip) - 1))
+    (bounds,) = yield [OrderStatistic(lambda c: c.deltas.abs(), ranks=[low_rank, high_rank])]
+    low, high = bounds[:, :1], bounds[:, 1:]
+    idle = (high == 0).squeeze(1)
+    for i in idle.nonzero().flatten().tolist():
+        unit.warn(f"model {i + 1} of pcb hardly differs from the base, and takes no part")
+
+    def clipped(c: Chunk[PcbOptions]) -> Tensor:
+        return c.deltas.abs().clamp(low, high)
+
+    def beta(c: Chunk[PcbOptions]) -> Tensor:
+        size = _minmax(clipped(c), low, high)
+        # The factor exp(-n) is common to all entries of a task and drops out of the min-max below.
+        intra = torch.exp(unit.n * (size.square() - 1))
+        if o.inter == "sum":
+            return intra * torch.tanh(c.deltas * c.deltas.sum(0))
+        signed = torch.sign(c.deltas) * size
+        if o.inter == "normsum":
+            return intra * torch.tanh(c.deltas * signed.sum(0))
+        return intra * torch.stack([torch.tanh(signed * other) for other in signed]).sum(0)
+
+    cut, top = yield from _survivors(unit, beta)
+
+    def combine(c: Chunk[PcbOptions]) -> Tensor:
+        weights = _minmax(beta(c).clamp(min=cut), cut, top)
+        weights[idle] = 0
+        values = torch.sign(c.deltas) * clipped(c) * weights * c.per_model(c.options.lambda_)
+        return c.base + values.sum(0) / weights.sum(0).clamp(min=1e-12)
+
+    return combine
+
+
+def _paper(unit: Unit[PcbOptions]) -> Steps:
+    """Algorithm 1: softmax over all entries, hard mask, mean weighted by the scores."""
+    n, count = unit.n, unit.numel
+
+    def products(c: Chunk[PcbOptions]) -> Tensor:
+        return (c.deltas.unsqueeze(1) * c.deltas).flatten(0, 1)  # row i n + j: δᵢ δⱼ
+
+    (extremes,) = yield [MinMax(products)]
+    low, high = extremes[:, :1], extremes[:, 1:]
+    own = torch.arange(n) * (n + 1)
+    idle = (high[own] == 0).squeeze(1)
+    for i in idle.nonzero().flatten().tolist():
+        unit.warn(f"model {i + 1} of pcb equals the base, and takes no part")
+
+    def powers(c: Chunk[PcbOptions]) -> tuple[Tensor, Tensor]:
+        scaled = _minmax(products(c), low, high)
+        return torch.exp(n * (scaled[own] - 1)), torch.exp(scaled)
+
+    intra_sum, inter_sum = yield [Sum(lambda c: powers(c)[0]), Sum(lambda c: powers(c)[1])]
+    # Scores are scaled by the number of entries: a softmax over 1e9 of them would leave the range of float32.
+    intra_scale = (count / intra_sum).unsqueeze(1)
+    inter_scale = (count / inter_sum).unsqueeze(1)
+
+    def beta(c: Chunk[PcbOptions]) -> Tensor:
+        intra, inter = powers(c)
+        inter = (inter * inter_scale.to(inter.dtype)).view(n, n, -1).sum(1)
+        return intra * intra_scale.to(intra.dtype) * inter
+
+    cut, _ = yield from _survivors(unit, beta)
+
+    def combine(c: Chunk[PcbOptions]) -> Tensor:
+        scores = beta(c)
+        scores = scores * (scores >= cut)
+        scores[idle] = 0
+        values = c.deltas * scores * c.per_model(c.options.lambda_)
+        return c.base + values.sum(0) / scores.sum(0).clamp(min=1e-12)
+
+    return combine
+
+
+def _survivors(
+    unit: Unit[PcbOptions], beta: Score
+) -> Generator[Sequence[Statistic], Sequence[Tensor], tuple[Tensor, Tensor]]:
+    """Per task the (1 − ratio)-quantile of the scores and their maximum, each (n, 1)."""
+    rank = min(math.floor(unit.numel * (1 - unit.options.ratio)), unit.numel - 1)
+    (found,) = yield [OrderStatistic(beta, ranks=[rank, unit.numel - 1])]
+    unit.note(score_thresholds=found[:, 0].tolist())
+    return found[:, :1], found[:, 1:]
+
+
+def _minmax(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Values mapped so that `low` is 0 and `high` 1; 0 for rows where the two are equal."""
+    span = high - low
+    return torch.where(span > 0, (values - low) / torch.where(span > 0, span, torch.ones_like(span)), 0.0)

@@ -1,0 +1,66 @@
+"""SCE: select entries that vary between models, weight models by the size of their change, erase minority signs.
+
+Per tensor: (1) keep the share `select_topk` of the entries with the largest variance over the models, counted
+among those that vary at all; (2) weight each model by its mean squared change, over all entries; (3) per entry keep
+the models that have the sign of the sum, and average them with these weights; add to the base.
+
+Use it to fuse chat models that were trained from one base for different strengths (FuseChat 3.0). `select_topk` of 0.1
+to 0.5 is usual; 1 keeps all. Entries with exactly the variance of the threshold are all kept.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from regraft.merge.consensus import agreement
+from regraft.merge.rule import Chunk, Steps, Unit, rule
+from regraft.merge.statistics import OrderStatistic, Sum
+from regraft.methods import Options, Paper
+
+
+class SceOptions(Options):
+    select_topk: float = Field(1.0, ge=0, le=1, description="share of the varying entries that is kept, in [0, 1]")
+    int8_mask: bool = Field(False, description="mergekit's saving of memory; has no effect here, masks are never kept")
+
+
+def _variance(c: Chunk[SceOptions]) -> Tensor:
+    return torch.var(c.deltas, dim=0, unbiased=False)
+
+
+@rule(
+    summary="select by variance, weight by squared change, erase minority signs",
+    options=SceOptions,
+    needs_base=True,
+    min_models=2,
+    papers=[Paper("FuseChat: Knowledge Fusion of Chat Models", "Wan et al.", "EMNLP 2025", "2408.07990")],
+)
+def sce(unit: Unit[SceOptions]) -> Steps:
+    threshold = None
+    if unit.options.select_topk < 1:
+        (varying,) = yield [Sum(lambda c: (_variance(c) != 0).to(c.models.dtype))]
+        keep = math.floor(int(varying) * unit.options.select_topk)
+        if keep == 0:
+            return lambda c: c.base.clone()
+        (found,) = yield [OrderStatistic(_variance, ranks=[unit.numel - keep])]
+        threshold = found[0, 0]
+        unit.note(threshold=float(threshold))
+
+    def selected(c: Chunk[SceOptions]) -> Tensor:
+        return c.deltas if threshold is None else c.deltas * (_variance(c) >= threshold)
+
+    (squares,) = yield [Sum(lambda c: selected(c).square())]
+    means = squares / unit.numel
+    size = float(means.sum())
+    weights = [float(m) / size for m in means] if size >= 1e-6 else [1 / unit.n] * unit.n
+    unit.note(weights=weights)
+
+    def combine(c: Chunk[SceOptions]) -> Tensor:
+        chosen = selected(c)
+        share = agreement(chosen) * c.per_model(weights)
+        return c.base + (chosen * share).sum(0) / share.sum(0).clamp(min=1e-6)
+
+    return combine

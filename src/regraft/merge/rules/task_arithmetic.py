@@ -1,0 +1,57 @@
+"""Add task vectors to the base: each model's difference to the base, weighted and summed.
+
+    θ = θ₀ + λ Σ wᵢ (θᵢ − θ₀)
+
+Use it to give one base several skills, to add an instruction vector to a domain model without instruction data
+(arXiv:2409.19854: both weights 1), or to remove a skill by a negative weight. With many task vectors the sum
+overshoots: λ of 0.3 to 0.4 is usual then, best chosen on validation data by a sweep.
+
+Differences are formed in float32 or better. If λ w is exactly 1 for one model, the sum starts from that model instead
+of the base: the same number with one rounding less, so that a single model with weight 1 comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from regraft.merge.consensus import TaskVectorOptions, total
+from regraft.merge.rule import REQUIRED, Chunk, Combine, Copy, Unit, rule
+from regraft.methods import Paper
+
+
+class TaskArithmeticOptions(TaskVectorOptions):
+    normalize: bool = Field(False, description="divide the sum of task vectors by the sum of the weights")
+
+
+@rule(
+    summary="base plus weighted sum of task vectors",
+    options=TaskArithmeticOptions,
+    needs_base=True,
+    papers=[
+        Paper("Editing Models with Task Arithmetic", "Ilharco et al.", "ICLR 2023", "2212.04089"),
+        Paper(
+            "The Construction of Instruction-tuned LLMs for Finance without Instruction Data Using Continual"
+            " Pretraining and Model Merging",
+            "Hirano, Imajo",
+            "2024",
+            "2409.19854",
+            18,
+        ),
+    ],
+    mergekit_defaults={"weight": REQUIRED},
+)
+def task_arithmetic(unit: Unit[TaskArithmeticOptions]) -> Combine | Copy:
+    o = unit.options
+    factors = [o.lambda_ * w for w in o.weight]
+    whole = next((i for i, f in enumerate(factors) if f == 1), None)
+    if o.normalize or whole is None:
+        return lambda c: c.base + o.lambda_ * total(c.deltas, c.per_model(o.weight), o.normalize)
+    others = [f if i != whole else 0.0 for i, f in enumerate(factors)]
+    if not any(others):
+        return Copy(whole)
+
+    def combine(c: Chunk[TaskArithmeticOptions]) -> Tensor:
+        return c.models[whole] + (c.deltas * c.per_model(others)).sum(0)
+
+    return combine
