@@ -32,7 +32,7 @@ def rotated(images: Images) -> Images:
 
 
 def shifted(images: Images) -> Images:
-    """Moved right by one pixel, which is half a patch."""
+    """Moved right by one pixel, which is a quarter of a patch."""
     return images.roll(1, 3)
 
 

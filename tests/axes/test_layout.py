@@ -189,7 +189,8 @@ def test_tied_pairs_are_those_that_transformers_shares(family: str) -> None:
         expected = {}
         for group in shared.values():
             stored = [name for name in group if name in shapes]
-            expected.update({name: stored[0] for name in group if name not in shapes})
+            if stored:  # some files use other names than the modules in memory
+                expected.update({name: stored[0] for name in group if name not in shapes})
         pairs = dict(found.tied)
         for alias, canonical in expected.items():
             assert pairs[alias] == canonical

@@ -144,6 +144,17 @@ def test_which_weights_are_chosen(names: list[str], weights: tuple[str, ...], in
     assert (choice.weights, choice.index) == (weights, index)
 
 
+def test_weights_that_the_config_names(hub: FakeHub) -> None:
+    config = json.dumps({"transformers_weights": "consolidated.safetensors"}).encode()
+    hub.add("org/named", FILES | {"config.json": config, "consolidated.safetensors": b"x"})
+    folder, _ = fetch("org/named", "", offline=False)
+    names = {path.name for path in folder.iterdir()}
+    assert "consolidated.safetensors" in names
+    assert "model.safetensors" not in names
+    (folder / "consolidated.safetensors").unlink()
+    assert failed("org/named", offline=True).code == "RG501"
+
+
 def test_shards_are_those_of_the_index(hub: FakeHub) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     files = {"config.json": b"{}", "model.safetensors.index.json": json.dumps(index).encode()}
@@ -170,7 +181,7 @@ def test_a_repository_without_weights(hub: FakeHub) -> None:
     assert "model.Q4.gguf" in str(error)
     hub.add("org/empty", {"README.md": b"x"})
     assert failed("org/empty").code == "RG102"
-    assert not cache_files(hub)
+    assert not [path for path in hub.paths("GET") if path.endswith("gguf")]
 
 
 def test_opens_models_and_adapters(hub: FakeHub, tmp_path: Path) -> None:
@@ -328,7 +339,7 @@ def test_too_little_disk_is_found_before_the_download(hub: FakeHub, monkeypatch:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     assert failed().code == "RG402"
-    assert not hub.paths("HEAD")
+    assert not [path for path in hub.paths("GET") if path.endswith("safetensors")]
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, "RG402"), (errno.EROFS, "RG405"), (errno.EACCES, "RG405")])

@@ -141,9 +141,6 @@ def test_a_literal_chat_template() -> None:
 def test_options_that_mergekit_takes_without_using_them() -> None:
     step = parse(flow("task_arithmetic", base_model="org/c", parameters="{int8_mask: true, density: 0.3}"))
     assert "density" not in step.settings
-    model_stock = flow("model_stock", base_model="org/c", models="[{model: org/a}, {model: org/b}]")
-    assert "filter_wise" not in parse(model_stock + "parameters: {filter_wise: false}\n").settings
-    assert refused(model_stock + "parameters: {filter_wise: true}\n").code in ("RG309",)
 
 
 def test_filters_after_one_that_holds_for_all_are_as_mergekit_reads_them() -> None:

@@ -67,11 +67,12 @@ def test_quoted_scalars_are_texts() -> None:
     assert parse_yaml("a: '1'\nb: \"true\"\nc: |\n  x\n").plain() == {"a": "1", "b": "true", "c": "x\n"}
 
 
+texts = st.text(st.characters(min_codepoint=32, max_codepoint=126))
 json_like = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(st.characters(min_codepoint=32, max_codepoint=126)),
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.from_regex("[a-z]{1,4}", fullmatch=True), inner),
     max_leaves=10,
-)  # fmt: skip
+)
 
 
 @given(st.dictionaries(st.from_regex("k[a-z]{0,3}", fullmatch=True), json_like, min_size=1, max_size=3))

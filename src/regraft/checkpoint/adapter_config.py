@@ -121,10 +121,10 @@ class AdapterConfig:
         return given  # type: ignore[return-value]
 
     def saved(self, name: str) -> bool:
-        """Whether a parameter belongs to a module that modules_to_save names."""
+        """Whether a parameter belongs to a module that modules_to_save names, by the end of its path as in peft."""
         module = name.rpartition(".")[0]
         parents = [module] + [module[: match.start()] for match in re.finditer(r"\.", module)]
-        return any(_ends(parent, wanted) for wanted in self.names("modules_to_save") for parent in parents)
+        return any(parent.endswith(wanted) for wanted in self.names("modules_to_save") for parent in parents)
 
     def targets(self, module: str) -> str:
         """The entry of target_modules that names a module, "" if none does or if they are a regular expression."""

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +99,7 @@ class _Repo:
             raise self._missing(f"the local cache has {self.repo_id}, but not its revision {self.revision!r}")
         names = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
         try:
-            choice = choose(names, self.where)
+            choice = choose(names, self.where, _named_weights(snapshot))
         except UserError as error:
             raise self._missing(f"the local cache has {self.repo_id}, but none of its weights") from error
         if choice.index:
@@ -115,8 +115,10 @@ class _Repo:
     def downloaded(self) -> tuple[Path, str]:
         """The snapshot after everything that it lacked was downloaded."""
         commit, files = self._list()
-        choice = choose(files, self.where)
         snapshot = self.folder / "snapshots" / commit
+        if "config.json" in files:
+            self._download("config.json", commit, files["config.json"])
+        choice = choose(files, self.where, _named_weights(snapshot))
         first = [*choice.small, *([choice.index] if choice.index else [])]
         self._check_disk(snapshot, [*first, *choice.weights], files)
         for name in first:
@@ -212,12 +214,10 @@ class _Repo:
         if _COMMIT.fullmatch(self.revision) or ".." in self.revision or self._resolved() == commit:
             return
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with suppress(OSError):  # only later offline runs need it, and a shared cache may be read-only
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh.write_text(commit)
             fresh.replace(path)
-        except OSError as error:
-            raise self._explained(error) from None
 
     def _explained(self, error: Exception, name: str = "") -> UserError:
         known = explained(error, self.repo_id, self.revision, name, str(self.cache), self.endpoint)
@@ -238,6 +238,13 @@ class _Repo:
     def _missing(self, what: str) -> UserError:
         fix = "run once with a connection and without --offline or HF_HUB_OFFLINE, or name a local folder"
         return UserError("RG501", what, where=f"{self.where}, cache {self.cache}", fix=fix)
+
+
+def _named_weights(snapshot: Path) -> str:
+    """The file of weights that config.json asks for, "" if it does not."""
+    path = snapshot / "config.json"
+    named = read_json(path).get("transformers_weights") if path.is_file() else ""
+    return named if isinstance(named, str) else ""
 
 
 def _difference(path: Path, expected: _Listed) -> str:

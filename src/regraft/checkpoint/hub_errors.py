@@ -38,8 +38,6 @@ def explained(error: BaseException, repo_id: str, revision: str, file: str, cach
     host = urlsplit(endpoint).hostname or "the Hub"
     cause = error.__cause__
     if isinstance(error, hub.LocalEntryNotFoundError) and cause is not None:
-        if isinstance(cause, hub.HTTPError) and not isinstance(cause, hub.HfHubHTTPError):
-            return _by_kind(type(cause).__name__, where, host, "")  # the file was asked about, not yet for
         return explained(cause, repo_id, revision, file, cache, endpoint)
     if isinstance(error, hub.GatedRepoError):
         fix = f"accept its terms at {_page(endpoint, repo_id)}, and log in with `hf auth login`"
@@ -58,7 +56,9 @@ def explained(error: BaseException, repo_id: str, revision: str, file: str, cach
     if isinstance(error, hub.OfflineModeIsEnabled):
         return UserError("RG501", "the run is offline", where=where, fix="unset HF_HUB_OFFLINE")
     if isinstance(error, hub.HTTPError):
-        return _by_kind(type(error).__name__, where, host, file)
+        # `_request` because the property raises where there is none
+        asked = getattr(getattr(error, "_request", None), "method", "")
+        return _by_kind(type(error).__name__, where, host, file if asked == "GET" else "")
     if isinstance(error, OSError) and error.errno in _FULL:
         fix = "make room, or set HF_HOME to a folder on another disk"
         return UserError("RG402", f"the disk is full while downloading {file or repo_id}", where=cache, fix=fix)

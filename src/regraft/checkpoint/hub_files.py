@@ -33,18 +33,20 @@ class Choice:
     index: str = ""
 
 
-def choose(names: Collection[str], where: str) -> Choice:
+def choose(names: Collection[str], where: str, named: str = "") -> Choice:
     """The files of a model or adapter that are needed.
 
     Args:
         names: paths in the repository.
         where: the model, for messages.
+        named: the file of weights that the model's config asks for, if it does (`transformers_weights`).
 
     Raises:
         UserError: RG102 if there are no weights that can be read.
     """
     small = sorted(name for name in names if _is_small(name))
-    weights = [name for name in CANDIDATES if name in names][:1]
+    candidates = (named, *CANDIDATES) if is_weight_file(named) else CANDIDATES
+    weights = [name for name in candidates if name in names][:1]
     if ADAPTER_CONFIG in names:
         weights += [name for name in _ADAPTER_WEIGHTS if name in names][:1]
     if not weights:

@@ -10,6 +10,7 @@ float64 base), and the sum is rounded once, to the dtype of the base.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ from regraft.checkpoint.tensor import TensorSource, numel
 _GROUP = 1 << 16  # elements per group of rows, at least one row
 
 
-class _Rowwise:
+class _Rowwise(ABC):
     """A tensor seen as a matrix (rows, cols), computed from the rows of a base of the same shape and dtype."""
 
     def __init__(self, base: TensorSource) -> None:
@@ -50,9 +51,9 @@ class _Rowwise:
         """What all groups of one read need."""
         return torch.empty(0)
 
+    @abstractmethod
     def _compute(self, first: int, last: int, shared: Tensor) -> Tensor:
         """Rows `[first, last)` in the dtype of the arithmetic, shape (last - first, cols)."""
-        raise NotImplementedError
 
     def _base_rows(self, first: int, last: int) -> Tensor:
         flat = self._base.read(first * self._cols, last * self._cols)

@@ -1,7 +1,7 @@
 """What every command shares: the two output streams, how much to say, and how a command ends.
 
-Results go to stdout, everything else (progress, notes, errors) to stderr, so that `--json` can be piped. The exit status
-is 0 if it is done, 2 if the user's input is wrong, 130 after Ctrl-C, 1 for anything else.
+Results go to stdout, everything else (progress, notes, errors) to stderr, so that `--json` can be piped. The exit
+status is 0 if it is done, 2 if the user's input is wrong, 130 after Ctrl-C, 1 for anything else.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but resu
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _FLAGS: dict[str, Any] = {"verbose": Verbose, "quiet": Quiet, "debug": Debug}
 
+_WIDE = 400
 UNFORESEEN = "run again with --debug for the traceback"
 
 
@@ -47,7 +48,9 @@ class Terminal:
         """Results."""
         from rich.console import Console
 
-        return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        # In a file or pipe, tables are as wide as they need to be rather than 80 columns.
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE
+        return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=width)
 
     @cached_property
     def err(self) -> Console:
@@ -83,9 +86,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     parameters = [context, *(p.replace(annotation=hints[p.name]) for p in own)]
     for name, annotation in _FLAGS.items():
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-        )
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation))
 
     def run(context: typer.Context, verbose: bool, quiet: bool, debug: bool, **arguments: Any) -> None:
         before = context.find_root().obj or Terminal()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from regraft.checkpoint.tensor import BLOCK, TensorSource, numel
-from regraft.errors import UserError
+from regraft.errors import UserError, UserWarningMessage
 from regraft.merge.rule import Chunk, Copy, Rule, Steps, TensorInfo, Unit
 from regraft.merge.statistics import Statistic
 from regraft.methods import Options
@@ -266,7 +267,9 @@ class _Run:
     def _begin(self, jobs: list[Job]) -> None:
         first = jobs[0]
         self._open += 1
-        unit: Unit[Any] = Unit(tuple(job.info for job in jobs), len(first.models), first.options or Options())
+        unit: Unit[Any] = Unit(
+            tuple(job.info for job in jobs), len(first.models), first.options or Options(), first.base is not None
+        )
         state = _UnitState(jobs, unit)
         if first.rule is None or state.numel == 0:
             state.decision = Copy(0)
@@ -430,5 +433,7 @@ def merge_in_memory(
     def write(name: str, start: int, values: Tensor) -> None:
         outputs[name].view(-1)[start : start + values.numel()] = values
 
-    run_jobs(jobs, write, workers=workers, chunk=chunk, allow_nan=allow_nan)
+    outcome = run_jobs(jobs, write, workers=workers, chunk=chunk, allow_nan=allow_nan)
+    for warning in outcome.warnings:
+        warnings.warn(warning, UserWarningMessage, stacklevel=3)
     return outputs if isinstance(models[0], Mapping) else outputs["tensor"]

@@ -109,6 +109,10 @@ class Chunk(Generic[O]):
     _deltas: Tensor | None = None
 
     @property
+    def has_base(self) -> bool:
+        return self._base is not None
+
+    @property
     def base(self) -> Tensor:
         if self._base is None:
             raise AttributeError("this merge has no base model")
@@ -140,6 +144,7 @@ class Unit(Generic[O]):
     infos: tuple[TensorInfo, ...]
     n: int
     options: O
+    has_base: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

@@ -277,8 +277,8 @@ class OrderStatistic:
         if self._level == 0:
             self._targets = self._targets_for(self._rows)
             self._prefixes = [[0] * len(t) for t in self._targets]
-        for row, targets in enumerate(self._targets):
-            for i, wanted in enumerate(targets):
+        for row, ranks in enumerate(self._targets):
+            for i, wanted in enumerate(ranks):
                 cumulative = self._histograms[row, self._prefixes[row][i]].cumsum(0)
                 digit = int(torch.searchsorted(cumulative, wanted, right=True))
                 below = int(cumulative[digit - 1]) if digit else 0

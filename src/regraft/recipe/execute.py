@@ -14,7 +14,7 @@ from regraft.checkpoint.lineage import InputRecord, Lineage, Output, fold_names,
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
 from regraft.checkpoint.writer import ModelWriter
 from regraft.errors import UserWarningMessage
-from regraft.inspect.deltas import DeltaCollector
+from regraft.merge.diagnostics import TaskVectorStatistics
 from regraft.merge.engine import Outcome, run_jobs
 from regraft.recipe.document import Recipe
 from regraft.recipe.merge_plan import MergePlan
@@ -31,22 +31,13 @@ def execute(
         UserError: RG206 for values that are not finite, RG401, RG402, RG405 for the output; nothing is left then.
     """
     lineage = _begin(plan, recipe)
-    collector = DeltaCollector(len(plan.inputs)) if plan.base is not None and not plan.step.slices else None
+    collector = TaskVectorStatistics(len(plan.inputs)) if plan.rule.needs_base else None
     force = settings.force or (out.exists() and (out / "regraft.json").exists())
     with (
         warnings.catch_warnings(record=True) as remarks,
         ModelWriter(out, plan.specs, shard_bytes=settings.shard_bytes, force=force) as writer,
     ):
         warnings.simplefilter("always", UserWarningMessage)
-        outcome = run_jobs(
-            plan.jobs,
-            writer.write,
-            workers=workers,
-            chunk=chunk,
-            allow_nan=settings.allow_nan,
-            observe=collector.observe if collector else None,
-            on_progress=progress.advance,
-        )
         copy_sidecars(
             writer.staging,
             config_from=plan.config_from,
@@ -57,6 +48,15 @@ def execute(
         )
         parents = [m.checkpoint for m in plan.parents]
         copy_licences(writer.staging, parents)
+        outcome = run_jobs(
+            plan.jobs,
+            writer.write,
+            workers=workers,
+            chunk=chunk,
+            allow_nan=settings.allow_nan,
+            observe=collector.observe if collector else None,
+            on_progress=progress.advance,
+        )
         lineage.notes = outcome.notes
         lineage.warnings = [
             *plan.warnings,

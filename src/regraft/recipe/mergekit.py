@@ -48,16 +48,14 @@ _NEAREST = {
     "ramplus_tl": ("task_arithmetic", "sce"),
     "arcee_fusion": ("sce", "ties"),
 }
-# Options that mergekit takes for a method but that change nothing in its result; None: with any value.
-_TASK_VECTORS = {"int8_mask": None}
-WITHOUT_EFFECT: dict[str, dict[str, tuple[object, ...] | None]] = {
-    "task_arithmetic": {**_TASK_VECTORS, "density": None, "rescale": None},
-    "ties": dict(_TASK_VECTORS),
-    "dare_linear": dict(_TASK_VECTORS),
-    "dare_ties": dict(_TASK_VECTORS),
-    "breadcrumbs": dict(_TASK_VECTORS),
-    "sce": dict(_TASK_VECTORS),
-    "model_stock": {"filter_wise": (False,)},
+# Options that mergekit takes for a method but that change nothing in its result.
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "task_arithmetic": ("int8_mask", "density", "rescale"),
+    "ties": ("int8_mask",),
+    "dare_linear": ("int8_mask",),
+    "dare_ties": ("int8_mask",),
+    "breadcrumbs": ("int8_mask",),
+    "sce": ("int8_mask",),
 }
 _TEMPLATES = ("chatml", "llama3", "alpaca", "mistral", "exaone")
 
@@ -90,17 +88,14 @@ class _Reader:
         if len(given) != 1:
             what = "the recipe has both models and slices" if given else "the recipe has neither models nor slices"
             raise self.root.error("RG303", what, "give one of them")
-        inputs: tuple[Input, ...] = ()
-        slices: tuple[Slice, ...] = ()
-        if given == ["models"]:
-            inputs = self._inputs(self.top["models"])
-        else:
-            entries = self.top["slices"].entries("a list of {sources: [{model: ..., layer_range: [0, 4]}]}")
+        entries = self.top[given[0]].entries("a list")
+        if given == ["slices"]:
             self._promote_base(entries)
-            slices = tuple(self._slice(e) for e in entries)
         if self.base is None and (self.rule.needs_base or self.rule.base_first):
             what = f"{self.rule.name} needs a base model"
             raise self.root.error("RG304", what, "add base_model: <one of the models, or the one they come from>")
+        inputs = self._inputs(entries) if given == ["models"] else ()
+        slices = tuple(self._slice(e) for e in entries) if given == ["slices"] else ()
         groups = [s.inputs for s in slices] or [inputs]
         where = f"{self.root.file}, line {self.top[given[0]].node.line}, {given[0]}"
         for group in groups:
@@ -124,8 +119,7 @@ class _Reader:
             where=f"{self.root.file}, line {self.top['merge_method'].node.line}, merge_method {self.rule.name}",
         )
 
-    def _inputs(self, field: Field) -> tuple[Input, ...]:
-        entries = field.entries("a list of {model: ..., parameters: {...}}")
+    def _inputs(self, entries: list[Field]) -> tuple[Input, ...]:
         items = [e.check_keys(("model", "parameters"), "an entry of models") for e in entries]
         names = [self._model(e, i) for e, i in zip(entries, items, strict=True)]
         for i, name in enumerate(names):
@@ -190,16 +184,9 @@ class _Reader:
         """The `parameters` of one level; `model`: of this model's entry."""
         if "parameters" not in items or items["parameters"].is_null:
             return {}
-        harmless = WITHOUT_EFFECT.get(self.rule.name, {})
-        kept = {}
-        for name, item in items["parameters"].items("a mapping of options").items():
-            if name in self.reader.names or name not in harmless:
-                kept[name] = item
-                continue
-            allowed = harmless[name]
-            if allowed is not None and item.value not in allowed:
-                what = f"regraft's {self.rule.name} has no {name}"
-                raise item.error("RG309", what, f"remove it, or set it to {str(allowed[0]).lower()}")
+        items = items["parameters"].items("a mapping of options")
+        harmless = [n for n in WITHOUT_EFFECT.get(self.rule.name, ()) if n not in self.reader.names]
+        kept = {name: item for name, item in items.items() if name not in harmless}
         return self.reader.settings(kept, max(n, 1), of_model=model is not None)
 
     def _model(self, entry: Field, items: dict[str, Field]) -> str:

@@ -21,6 +21,7 @@ _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _TEXT = {"type": "string", "minLength": 1}
 _SEED = {"type": "integer", "minimum": 0, "maximum": own.MAX_SEED}
 _LAYERS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
+_IGNORED = {"description": "accepted, has no effect on the result"}
 _DTYPE = {"enum": [*DTYPES, *(f"torch.{name}" for name in DTYPES)]}
 
 
@@ -28,11 +29,16 @@ def schema(dialect: str = "regraft") -> dict[str, Any]:
     """The schema of a recipe file.
 
     Args:
-        dialect: "regraft" or "mergekit".
+        dialect: "regraft", "mergekit", or "both" for files of either, which a top-level `merge_method` tells apart.
 
     Raises:
         UserError: RG303 for another dialect.
     """
+    if dialect == "both":
+        parts = {name: {**schema(name), "$id": f"urn:regraft:recipe:{name}"} for name in DIALECTS}
+        own_ref, mergekit_ref = ({"$ref": parts[name]["$id"]} for name in DIALECTS)
+        choice = {"if": {"required": ["merge_method"]}, "then": mergekit_ref, "else": own_ref}
+        return {"$schema": _DRAFT, "title": "A recipe", **choice, "$defs": parts}
     if dialect not in DIALECTS:
         raise UserError("RG303", f"there is no dialect {dialect!r}", fix=nearest(dialect, DIALECTS))
     body = _own() if dialect == "regraft" else _mergekit()
@@ -117,7 +123,7 @@ def _mergekit() -> dict[str, Any]:
     cases = []
     for rule in rules:
         settings = {name: _setting(v) for name, v in _values(rule, shared, "mergekit").items()}
-        ignored = {n: _ignored(v) for n, v in mergekit.WITHOUT_EFFECT.get(rule.name, {}).items() if n not in settings}
+        ignored = {n: _IGNORED for n in mergekit.WITHOUT_EFFECT.get(rule.name, ()) if n not in settings}
         per_model = per_model_fields(rule.options)
         whole = _closed({**settings, **ignored})
         single = _closed({**{n: s for n, s in settings.items() if n in per_model}, **ignored})
@@ -207,11 +213,6 @@ def _forms(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     plain = [leaf, _list(leaf)]
     condition = _closed({"filter": {"type": ["string", "null"]}, "value": {"anyOf": plain}}, ["value"])
     return [*plain, condition, _list(condition)]
-
-
-def _ignored(allowed: tuple[object, ...] | None) -> dict[str, Any]:
-    words = "accepted, has no effect on the result"
-    return {"description": words} if allowed is None else {"enum": list(allowed), "description": words}
 
 
 def _closed(properties: Mapping[str, Any], required: list[str] | None = None) -> dict[str, Any]:

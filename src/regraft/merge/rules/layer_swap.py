@@ -1,18 +1,18 @@
 """Layer swapping: outer layers from a language expert, inner layers from a task expert.
 
 The models are, in this order, the task expert (for example mathematics, tuned in English) and the language expert
-(instructions in the target language), fine-tuned from one base. Layers below `bottom` and the last `top` layers
-come whole from the language expert, `transition_bottom` and `transition_top` layers next to them are averages of the two, all
-others come whole from the task expert. Tensors outside the layers (embedding, final norm, head) are averaged.
+(instructions in the target language), fine-tuned from one base. Layers below `bottom` and the last `top` layers come
+whole from the language expert, `transition_bottom` and `transition_top` layers next to them are averages of the two,
+all others come whole from the task expert. Tensors outside the layers (embedding, final norm, head) are averaged.
 
 Use it to give a task skill to a language for which there is no data of that task. Both experts should be lightly tuned.
 The paper found many settings about equally good; its default for 32 layers, 5 at the bottom and 2 at the top with one
 transition layer each, is scaled to other depths, at least one layer each. In an encoder-decoder each stack is swapped
 on its own.
 
-Whole layers are copied bit for bit, and the other expert's are not read. `match_magnitude` brings the two task vectors
-to equal mean magnitude before they are averaged, so that the expert with larger updates does not dominate; it needs a base
-and is not the paper's default.
+Whole layers are copied bit for bit, and the other expert's are not read. `match_magnitude` brings the two task
+vectors to equal mean magnitude before they are averaged, so that the expert with larger updates does not dominate; it
+needs a base and is not the paper's default.
 """
 
 from __future__ import annotations
@@ -83,6 +83,11 @@ def layer_swap(unit: Unit[LayerSwapOptions]) -> Steps:
 def _language_share(unit: Unit[LayerSwapOptions]) -> float | None:
     """Share of the language expert in this tensor, None if it is the base's."""
     (info,), o = unit.infos, unit.options
+    if not unit.has_base and (o.match_magnitude or o.outside == "base"):
+        option = "match_magnitude" if o.match_magnitude else "outside: base"
+        raise UserError(
+            "RG304", f"layer_swap with {option} needs a base model", fix="name the base, or change the option"
+        )
     depth = info.num_layers
     if depth is None:
         fix = "use a model of a known family, or stack layers with passthrough slices"

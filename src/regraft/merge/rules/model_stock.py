@@ -3,8 +3,9 @@
     t = N cos θ / (1 + (N − 1) cos θ),   θ = θ₀ + t · mean(δᵢ)
 
 with cos θ the mean cosine between pairs of task vectors, per tensor: fine-tunes that agree are followed, fine-tunes
-that point in different directions are averaged back towards the base. Use it for a few fine-tunes of one base on one task,
-instead of a soup of many. `filter_wise` takes the angle per row (last axis) of each tensor instead of per tensor.
+that point in different directions are averaged back towards the base. Use it for a few fine-tunes of one base on one
+task, instead of a soup of many. `filter_wise` takes the angle per row (last axis) of each tensor instead of per
+tensor.
 
 The paper gives the formula for equal pairwise angles; as in mergekit, unequal ones are averaged. A denominator that is
 not positive (mean cosine at or below −1/(N−1)) has no meaning: the base is kept, with a warning.

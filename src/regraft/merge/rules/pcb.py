@@ -8,8 +8,8 @@ Per task i, over the whole model, with δᵢ the task vector and aᵢ = |δᵢ| 
 
 Use it for several fine-tunes of one base on different tasks; no data is needed. This is what the official code
 computes (`formula: code`); `formula: paper` is Algorithm 1 as printed, with softmax over all entries and a hard mask.
-The two are not interchangeable. `inter: normsum` and `pairwise` are the variants of the official vision code, `clip: 0.0001` that of
-its key-steps file; 0.01 is what its experiments ran.
+The two are not interchangeable. `inter: normsum` and `pairwise` are the variants of the official vision code, `clip:
+0.0001` that of its key-steps file; 0.01 is what its experiments ran.
 
 Departures: a task whose magnitudes are all equal gets minmax 0 where the official code divides by zero, so two exactly
 opposite task vectors give the base back; a model that equals the base takes no part, with a warning.

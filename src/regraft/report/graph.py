@@ -1,0 +1,123 @@
+"""A graph of models as inline SVG, in columns from left to right.
+
+A model's column is one more than that of the last model it was made from. Models made from the same ones share a
+joint, so that nine merges of four experts draw 4 + 9 lines and not 36.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from regraft.report.markup import Markup, join, number, tag
+
+WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 190.0, 46.0, 90.0, 12.0, 2.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A model: `key` names it in edges; `label`, `detail` (method and options) and `mark` (digest) are shown; `kind` is
+    "base", "model" or "merge"."""
+
+    key: str
+    label: str
+    detail: str = ""
+    kind: str = "model"
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """`source` was read to make `target`."""
+
+    source: str
+    target: str
+
+
+def draw_graph(title: str, nodes: Sequence[Node], edges: Sequence[Edge]) -> Markup:
+    """The graph as an SVG element.
+
+    Raises:
+        ValueError: if an edge names no node, or the edges form a circle.
+    """
+    parents: dict[str, list[str]] = {node.key: [] for node in nodes}
+    for edge in edges:
+        if edge.source not in parents or edge.target not in parents:
+            raise ValueError(f"the edge {edge.source} -> {edge.target} names a model that is not in the graph")
+        parents[edge.target].append(edge.source)
+    columns = _columns(parents)
+    places = _places(columns)
+    count = max(map(len, columns), default=0)
+    height = 2 * MARGIN + count * (HEIGHT + GAP_Y) - GAP_Y
+    width = 2 * MARGIN + len(columns) * (WIDTH + GAP_X) - GAP_X
+    shapes = _lines(parents, places)
+    shapes += [_box(node, *places[node.key]) for node in nodes]
+    box = f"0 0 {number(width)} {number(height)}"
+    style = f"width:{number(width)}px;min-width:{number(0.85 * width)}px"
+    return tag("svg", tag("title", title), *shapes, viewBox=box, style=style, role="img", class_="chart graph")
+
+
+def _columns(parents: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    depth: dict[str, int] = {}
+    waiting = list(parents)
+    while waiting:
+        ready = [key for key in waiting if all(p in depth for p in parents[key])]
+        if not ready:
+            raise ValueError(f"the models {', '.join(waiting)} were made from one another")
+        depth |= {key: 1 + max((depth[p] for p in parents[key]), default=-1) for key in ready}
+        waiting = [key for key in waiting if key not in depth]
+    columns: list[list[str]] = [[] for _ in range(1 + max(depth.values(), default=-1))]
+    for key in parents:
+        columns[depth[key]].append(key)
+    return columns
+
+
+def _places(columns: Sequence[Sequence[str]]) -> dict[str, tuple[float, float]]:
+    """Top left corner of each box; columns are centred."""
+    tallest = max(map(len, columns), default=0) * (HEIGHT + GAP_Y)
+    places = {}
+    for i, column in enumerate(columns):
+        top = MARGIN + (tallest - len(column) * (HEIGHT + GAP_Y)) / 2
+        for j, key in enumerate(column):
+            places[key] = (MARGIN + i * (WIDTH + GAP_X), top + j * (HEIGHT + GAP_Y))
+    return places
+
+
+def _lines(parents: Mapping[str, Sequence[str]], places: Mapping[str, tuple[float, float]]) -> list[Markup]:
+    families: dict[tuple[str, ...], list[str]] = {}
+    for key, own in parents.items():
+        if own:
+            families.setdefault(tuple(sorted(set(own))), []).append(key)
+    shapes = []
+    for family, children in families.items():
+        starts = [(places[p][0] + WIDTH, places[p][1] + HEIGHT / 2) for p in family]
+        ends = [(places[c][0], places[c][1] + HEIGHT / 2) for c in children]
+        if len(starts) > 1 and len(ends) > 1:
+            joint = (min(x for x, _ in ends) - GAP_X / 2, sum(y for _, y in ends) / len(ends))
+            shapes += [_curve(start, joint) for start in starts] + [_curve(joint, end) for end in ends]
+            shapes.append(tag("circle", cx=number(joint[0]), cy=number(joint[1]), r="4", class_="joint"))
+        else:
+            shapes += [_curve(start, end) for start in starts for end in ends]
+    return shapes
+
+
+def _curve(start: tuple[float, float], end: tuple[float, float]) -> Markup:
+    (x1, y1), (x2, y2) = start, end
+    bend = max(20.0, min(GAP_X, x2 - x1) / 2)
+    path = f"M{number(x1)} {number(y1)}C{number(x1 + bend)} {number(y1)} {number(x2 - bend)} {number(y2)} "
+    return tag("path", d=path + f"{number(x2)} {number(y2)}", class_="edge")
+
+
+def _box(node: Node, x: float, y: float) -> Markup:
+    full = " · ".join(part for part in (node.label, node.detail, node.mark) if part)
+    body = [
+        tag("title", full),
+        tag("rect", x=number(x), y=number(y), width=number(WIDTH), height=number(HEIGHT), rx="8", class_="box"),
+        tag("text", _short(node.label, 24), x=number(x + 12), y=number(y + 20), class_="label"),
+        tag("text", _short(node.detail, 30), x=number(x + 12), y=number(y + 36), class_="small"),
+    ]
+    return tag("g", join(body), class_=f"node {node.kind}")
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

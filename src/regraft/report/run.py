@@ -1,0 +1,210 @@
+"""The page of a run, from what the run left behind: scores, and the lineage file of every model that it made.
+
+Nothing is computed here that is not in those files, so a page can be written again at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from regraft.checkpoint.lineage import Lineage
+from regraft.inspect.metric import Score
+from regraft.merge.rule import field_names
+from regraft.methods import method
+from regraft.report.charts import Bar, bars, heat_map, lines
+from regraft.report.graph import Edge, Node
+from regraft.report.sections import Cell, Column, Figure, Graph, Section, Table, Text
+
+KINDS = (("base", "base"), ("model", "fine-tuned"), ("merge", "merged"))
+
+
+class Scored(Protocol):
+    """One evaluation of a run: which metric of which model, by which step, and the score as plain data."""
+
+    @property
+    def step(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def score(self) -> Mapping[str, Any]: ...
+
+
+def read_lineages(artefacts: Mapping[str, Path], show: Collection[str] | None = None) -> dict[str, Lineage]:
+    """The lineage of each model of a run by step name; only of those in `show`, and of what they were made from."""
+    found = {name: Lineage.read(folder) for name, folder in artefacts.items()}
+    if show is None:
+        return found
+    wanted, waiting = set(), [name for name in show if name in found]
+    while waiting:
+        name = waiting.pop()
+        if name not in wanted:
+            wanted.add(name)
+            waiting += [record.name for record in found[name].inputs if record.name in found]
+    return {name: lineage for name, lineage in found.items() if name in wanted}
+
+
+def run_sections(
+    evaluations: Iterable[Scored], artefacts: Mapping[str, Path], *, show: Collection[str] | None = None
+) -> list[Section]:
+    """All that can be said of a run.
+
+    Args:
+        evaluations: of the run, in order; a table and drawings are made for each step.
+        artefacts: step name -> folder of the model it made.
+        show: names of the models to show, for example the best of each sweep; all if None.
+
+    Raises:
+        UserError: RG105 if a lineage file cannot be read.
+    """
+    lineages = read_lineages(artefacts, show)
+    kinds = _kinds(lineages)
+    sections: list[Section] = []
+    steps: dict[str, list[Scored]] = {}
+    for one in evaluations:
+        if show is None or one.model in show:
+            steps.setdefault(one.step, []).append(one)
+    for step, scored in steps.items():
+        sections += score_sections(f"{step}: {scored[0].metric}" if len(steps) > 1 else "Scores", scored, kinds)
+    if lineages:
+        sections += [lineage_graph(lineages), *delta_figures(lineages), lineage_table(lineages)]
+        recipes = dict.fromkeys(lineage.recipe for lineage in lineages.values() if lineage.recipe)
+        sections += [Text("Recipe", code=text, folded=True) for text in recipes]
+    return sections
+
+
+def score_sections(title: str, evaluations: Sequence[Scored], kinds: Mapping[str, str]) -> list[Section]:
+    """One step's scores: a table with the best marked, bars with intervals, and a heat map over groups."""
+    scores = {e.model: Score.model_validate(e.score) for e in evaluations}
+    first = next(iter(scores.values()))
+    groups = list(dict.fromkeys(g for score in scores.values() for g in score.per_group))
+    share = all(0 <= s.value <= 1 for s in scores.values()) and evaluations[0].metric == "accuracy"
+    better = "high" if first.higher_is_better else "low"
+    style: dict[str, Any] = {"better": better, "percent": share, "digits": 1 if share else 3}
+    columns = [Column("model"), Column(f"{evaluations[0].metric}{' %' * share}", **style)]
+    columns += [Column(g, **style, shade=first.higher_is_better) for g in groups]
+    order = [name for kind, _ in KINDS for name in scores if kinds.get(name, "model") == kind]
+    rows = []
+    for name in order:
+        own = scores[name]
+        rows.append(
+            [
+                name,
+                Cell(own.value, own.interval),
+                *(own.per_group[g].value if g in own.per_group else None for g in groups),
+            ]
+        )
+    caption = f"{first.n:,} {first.unit} per model; small print: 95 % interval. The best of each column is bold."
+    table = Table(title, columns, rows, caption, [kinds.get(name, "model") for name in order])
+    if not share:
+        return [table]
+    chart = bars([Bar(n, scores[n].value, scores[n].interval, kinds.get(n, "model")) for n in order])
+    parts: list[Section] = [table, Figure(f"{title}: mean", chart, "Share of right answers with its 95 % interval.")]
+    if len(groups) > 1:
+        values = [
+            [s.per_group[g].value if g in s.per_group else None for g in groups] for s in map(scores.get, order) if s
+        ]
+        drawing = heat_map(order, groups, values, title="Share of right answers by model and group", percent=True)
+        parts.append(Figure(f"{title}: by group", drawing, "Per cent of right answers; the darker, the more."))
+    return parts
+
+
+def lineage_graph(lineages: Mapping[str, Lineage]) -> Graph:
+    """What was made from what. Fine-tunes stand behind their base, which the merges that name it read as well."""
+    kinds = _kinds(lineages)
+    nodes: dict[str, Node] = {}
+    edges: dict[tuple[str, str], Edge] = {}
+    for lineage in lineages.values():
+        for record in sorted(lineage.inputs, key=lambda r: r.role != "base"):
+            mark = f"digest {record.digest[:10]}" if record.digest else ""
+            detail = record.ref if record.ref != record.name else ""
+            nodes.setdefault(record.name, Node(record.name, record.name, detail, kinds[record.name], mark))
+    for name, lineage in lineages.items():
+        detail = " · ".join([lineage.method, *brief_options(lineage)])
+        nodes[name] = Node(name, name, detail, "merge", f"key {lineage.key[:10]}")
+        base = next((r.name for r in lineage.inputs if r.role == "base"), None)
+        models = [r.name for r in lineage.inputs if r.role != "base"]
+        for model in models or ([base] if base else []):
+            edges[model, name] = Edge(model, name)
+            if base is not None and model != base and kinds[model] == "model":
+                edges[base, model] = Edge(base, model)
+    caption = "Lines run from what was read to what was made; fine-tunes are drawn behind the base they came from."
+    legend = [pair for pair in KINDS if any(n.kind == pair[0] for n in nodes.values())]
+    return Graph("Lineage", list(nodes.values()), list(edges.values()), caption, legend)
+
+
+def lineage_table(lineages: Mapping[str, Lineage]) -> Table:
+    """The same in words, with content keys, time and memory."""
+    columns = [Column("model"), Column("method"), Column("options"), Column("made from"), Column("content key")]
+    columns += [Column("seconds", digits=2), Column("peak MB", digits=0)]
+    rows: list[list[Cell | float | str | None]] = []
+    for name, lineage in lineages.items():
+        base = [r.name for r in lineage.inputs if r.role == "base"]
+        models = ", ".join(r.name for r in lineage.inputs if r.role != "base")
+        made_from = Cell(models, note=f"base: {base[0]}" if base else "")
+        peak = lineage.peak_memory_bytes / 1e6 if lineage.peak_memory_bytes else None
+        options = ", ".join(brief_options(lineage)) or "defaults"
+        rows.append([name, lineage.method, options, made_from, lineage.key[:12], lineage.wall_seconds, peak])
+    caption = "Equal content keys mean equal weights. Peak memory is that of the whole process so far."
+    return Table("How each model was made", columns, rows, caption)
+
+
+def delta_figures(lineages: Mapping[str, Lineage]) -> list[Section]:
+    """Cosines between task vectors, and their norms by layer, from the first merge that measured the most models."""
+    measured = [lineage for lineage in lineages.values() if lineage.diagnostics.get("cosines")]
+    if not measured:
+        return []
+    facts = max(measured, key=lambda lineage: len(lineage.diagnostics["cosines"])).diagnostics
+    names: list[str] = facts["models"]
+    parts: list[Section] = []
+    if len(names) > 1:
+        drawing = heat_map(names, names, facts["cosines"], title="Cosines between task vectors", low=-1.0, high=1.0)
+        caption = "Cosine of the angle between task vectors (fine-tune minus base): near 0 they hardly interfere."
+        parts.append(Figure("Cosines of task vectors", drawing, caption))
+    layers = facts.get("layers") or []
+    if len(layers) > 1:
+        series = {name: [layer["norms"][i] for layer in layers] for i, name in enumerate(names)}
+        labels = [str(layer["label"]) for layer in layers]
+        drawing = lines(series, labels, title="Norm of task vectors by layer", y_title="L2 norm of the change")
+        parts.append(Figure("Change by layer", drawing, "How far each fine-tune moved the weights of each layer."))
+    return parts
+
+
+def brief_options(lineage: Lineage) -> list[str]:
+    """Options that differ from the method's defaults, such as "lambda 0.4"; "varied" where tensors differ."""
+    if not lineage.options:
+        return []
+    fields = method("merge", lineage.method).options
+    defaults = {
+        k: fields.model_fields[a].get_default(call_default_factory=True) for k, a in field_names(fields).items()
+    }
+    found = []
+    for name in lineage.options[0].options:
+        values = [_plain(group.options.get(name)) for group in lineage.options]
+        if any(value != values[0] for value in values):
+            found.append(f"{name} varied")
+        elif values[0] != _plain(defaults.get(name)):
+            found.append(f"{name} {_words(values[0])}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """One value for one per model, where they are the same."""
+    if isinstance(value, (list, tuple)):
+        return value[0] if value and all(v == value[0] for v in value) else list(value)
+    return value
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return "/".join(map(_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _kinds(lineages: Mapping[str, Lineage]) -> dict[str, str]:
+    kinds = {r.name: "model" for lineage in lineages.values() for r in lineage.inputs}
+    kinds |= {r.name: "base" for lineage in lineages.values() for r in lineage.inputs if r.role == "base"}
+    return kinds | dict.fromkeys(lineages, "merge")

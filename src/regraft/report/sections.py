@@ -1,0 +1,187 @@
+"""What a page is made of: `Text`, `Table`, `Figure` and `Graph`, each of which renders itself.
+
+A section is anything with a `title` and an `html()`; later parts of regraft bring their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from regraft.report.graph import Edge, Node, draw_graph
+from regraft.report.markup import Markup, join, tag
+
+
+class Section(Protocol):
+    """A part of a page under its own heading."""
+
+    @property
+    def title(self) -> str: ...
+
+    def html(self) -> Markup: ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs of plain text; `code` is shown below them as it is, with its line breaks."""
+
+    title: str
+    paragraphs: Sequence[str] = ()
+    code: str = ""
+    folded: bool = False
+
+    def html(self) -> Markup:
+        code = None
+        if self.code:
+            code = tag("pre", tag("code", self.code), tabindex="0", role="region", aria_label=self.title)
+        body = join([*(tag("p", p) for p in self.paragraphs), code])
+        return tag("details", tag("summary", "Show"), body) if self.folded else body
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        name: the heading.
+        better: which of its numbers is marked as the best, if any.
+        digits: decimals of numbers.
+        percent: numbers are shares, shown times 100.
+        shade: tint cells by their value, from the column's group of shaded columns.
+    """
+
+    name: str
+    better: Literal["high", "low"] | None = None
+    digits: int = 1
+    percent: bool = False
+    shade: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value with what belongs to it: a 95 % interval, and a remark in small print."""
+
+    value: float | str | None
+    interval: tuple[float, float] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that can be sorted by each column. The first column names the row. `groups` has a name per row, by which
+    rows are set off; the best value of a column is taken over all rows."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell | float | str | None]]
+    caption: str = ""
+    groups: Sequence[str] = ()
+
+    def html(self) -> Markup:
+        rows = [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in self.rows]
+        numeric = [_numeric([row[i] for row in rows]) for i in range(len(self.columns))]
+        best = [_best(column, [row[i] for row in rows]) for i, column in enumerate(self.columns)]
+        low, high = self._shades(rows)
+        head = tag("tr", *(_heading(c, right) for c, right in zip(self.columns, numeric, strict=True)))
+        body = []
+        for index, row in enumerate(rows):
+            cells = [
+                _cell(cell, column, i == 0, right, marked, low, high)
+                for i, (cell, column, right, marked) in enumerate(zip(row, self.columns, numeric, best, strict=True))
+            ]
+            first = bool(self.groups) and (index == 0 or self.groups[index] != self.groups[index - 1])
+            body.append(tag("tr", *cells, class_="first" if first and index else None))
+        caption = tag("caption", self.caption or self.title)
+        table = tag("table", caption, tag("thead", head), tag("tbody", *body), class_="sortable")
+        return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=self.title)
+
+    def _shades(self, rows: Sequence[Sequence[Cell]]) -> tuple[float, float]:
+        values = [
+            row[i].value
+            for row in rows
+            for i, column in enumerate(self.columns)
+            if column.shade and isinstance(row[i].value, (int, float))
+        ]
+        numbers = [float(v) for v in values if isinstance(v, (int, float))]
+        return (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing (see `charts`), with a caption below it."""
+
+    title: str
+    drawing: Markup
+    caption: str = ""
+
+    def html(self) -> Markup:
+        caption = tag("figcaption", self.caption) if self.caption else None
+        box = tag("div", self.drawing, class_="scroll", tabindex="0", role="region", aria_label=self.title)
+        return tag("figure", box, caption)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Where models come from: nodes in columns from left to right, edges from what was read to what was made."""
+
+    title: str
+    nodes: Sequence[Node]
+    edges: Sequence[Edge]
+    caption: str = ""
+    legend: Sequence[tuple[str, str]] = field(default=())
+
+    def html(self) -> Markup:
+        legend = None
+        if self.legend:
+            entries = [tag("li", tag("span", class_=f"key {kind}"), name) for kind, name in self.legend]
+            legend = tag("ul", *entries, class_="legend")
+        figure = Figure(self.title, draw_graph(self.title, self.nodes, self.edges), self.caption)
+        return join([legend, figure.html()])
+
+
+def format_value(value: float | str | None, column: Column) -> str:
+    """A value as the column writes it; a dash for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not column.percent:
+        return f"{value:,}"
+    return f"{value * 100 if column.percent else value:,.{column.digits}f}"
+
+
+def _numeric(cells: Sequence[Cell]) -> bool:
+    values = [c.value for c in cells if c.value is not None]
+    return bool(values) and all(isinstance(v, (int, float)) for v in values)
+
+
+def _best(column: Column, cells: Sequence[Cell]) -> str | None:
+    """The best value as it is written: what looks equal is marked alike."""
+    values = [float(c.value) for c in cells if isinstance(c.value, (int, float))]
+    if column.better is None or len(values) < 2:
+        return None
+    return format_value(max(values) if column.better == "high" else min(values), column)
+
+
+def _heading(column: Column, right: bool) -> Markup:
+    button = tag("button", column.name, tag("span", class_="arrow", aria_hidden="true"), type="button")
+    return tag("th", button, scope="col", aria_sort="none", class_="number" if right else None)
+
+
+def _cell(cell: Cell, column: Column, name: bool, right: bool, best: str | None, low: float, high: float) -> Markup:
+    text = format_value(cell.value, column)
+    marked = best is not None and text == best
+    content = [tag("strong", text, tag("span", " (best)", class_="hidden")) if marked else text]
+    if cell.interval is not None:
+        ends = [format_value(end, column) for end in cell.interval]
+        content.append(tag("small", "–".join(ends)))
+    if cell.note:
+        content.append(tag("small", cell.note))
+    style = None
+    if column.shade and isinstance(cell.value, (int, float)) and high > low:
+        style = f"--share:{max(0.0, min(1.0, (cell.value - low) / (high - low))):.2f}"
+    classes = " ".join(c for c in ("number" * right, "shade" * (style is not None), "best" * marked) if c)
+    key = cell.value if isinstance(cell.value, (int, float)) else None
+    attributes = {"class_": classes or None, "style": style, "data_value": key}
+    return tag("th" if name else "td", *content, scope="row" if name else None, **attributes)
