@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -336,3 +337,41 @@ def test_pickled_adapters_and_bases(bases: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         got = reload(checkpoint, tmp_path / "out")(input_ids=torch.arange(5)[None]).logits
         torch.testing.assert_close(got, wrapped(input_ids=torch.arange(5)[None]).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_keys_with_the_adapter_name_mean_the_same(bases: Any, tmp_path: Path) -> None:
+    base = bases("llama", tie_word_embeddings=False)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], use_dora=True)
+    adapt(load(base), config, tmp_path / "a")
+    expected = open_checkpoint(f"{base}+{tmp_path / 'a'}")
+    state = load_file(tmp_path / "a/adapter_model.safetensors")
+    named = {}
+    for key, tensor in state.items():
+        key = re.sub(r"(lora_(embedding_)?[AB]|lora_magnitude_vector)(?=$|\.)", r"\1.mine", key)
+        key = key.replace("lm_head.weight", "lm_head.modules_to_save.mine.weight")
+        named[key] = tensor
+    named["base_model.model.lm_head.original_module.weight"] = torch.zeros(1)
+    assert len(named.keys() - state.keys()) > 7
+    save_file(named, tmp_path / "a/adapter_model.safetensors")
+    got = open_checkpoint(f"{base}+{tmp_path / 'a'}")
+    assert list(got.tensors) == list(expected.tensors)
+    for name in expected.tensors:
+        assert torch.equal(read(got, name), read(expected, name))
+
+
+def test_a_one_dimensional_convolution(tmp_path: Path) -> None:
+    class Small(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = torch.nn.Conv1d(3, 7, 5)
+            self.norm = torch.nn.LayerNorm(4)
+
+    torch.manual_seed(0)
+    model = Small()
+    (tmp_path / "base").mkdir()
+    save_file(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "base/model.safetensors"
+    )
+    merged = adapt(model, peft.LoraConfig(r=2, target_modules=["front"]), tmp_path / "a").merge_and_unload()
+    checkpoint = check(tmp_path / "base", tmp_path / "a", merged)
+    assert changed(tmp_path / "base", checkpoint) == {"front.weight"}

@@ -1,0 +1,69 @@
+"""The frame: help, versions, wrong commands, and what `regraft --help` imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = {"merge", "run", "plan", "inspect", "methods", "schema"}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, json\n"
+        "from regraft.cli.main import main\n"
+        "for arguments in ([], ['merge'], ['inspect'], ['methods']):\n"
+        "    sys.argv = ['regraft', *arguments, '--help']\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "print(json.dumps(sorted(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    roots = {name.split(".")[0] for name in json.loads(done.stderr)}
+    assert not roots & {"torch", "transformers", "pydantic", "huggingface_hub", "numpy", "yaml", "peft", "datasets"}
+    assert "Usage: regraft" in done.stdout
+
+
+def test_help_names_every_command(cli) -> None:
+    shown = cli("--help")
+    assert shown.exit_code == 0
+    assert all(name in shown.stdout for name in COMMANDS)
+    assert "--install-completion" in shown.stdout
+
+
+def test_version_names_torch_and_transformers(cli) -> None:
+    from importlib.metadata import version
+
+    shown = cli("--version")
+    assert shown.exit_code == 0
+    assert "regraft " in shown.stdout
+    assert f"torch {version('torch')}" in shown.stdout
+    assert f"transformers {version('transformers')}" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["mrege"],
+        ["merge", "recipe.yaml"],
+        ["methods", "--jsn"],
+        ["plan", "x.yaml", "--workers", "0"],
+        ["plan", "x.yaml", "--max-memory", "much"],
+        ["schema", "--dialect", "klingon"],
+        [],
+    ],
+)
+def test_wrong_usage_exits_with_2(cli, arguments: list[str]) -> None:
+    assert cli(*arguments).exit_code == 2
+
+
+def test_module_runs_as_a_program() -> None:
+    command = [sys.executable, "-m", "regraft", "plan", "/no/such/recipe.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("RG306: the recipe cannot be read: No such file")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

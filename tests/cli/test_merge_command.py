@@ -1,0 +1,128 @@
+"""`regraft merge`, `run` and `plan` from the command line: output, JSON, exit status, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from regraft.checkpoint.lineage import Lineage
+
+
+def test_merge_writes_a_model_that_loads(cli, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = cli("merge", recipe, out, "--workers", 1)
+    assert done.exit_code == 0, done.stderr
+    assert f"{out}: ties, " in done.stdout
+    assert "merged: done in" in done.stderr
+    transformers.AutoModelForCausalLM.from_pretrained(out)
+    again = cli("merge", recipe, out)
+    assert again.exit_code == 0
+    assert "up to date" in again.stderr
+
+
+def test_merge_json_is_the_only_thing_on_stdout(cli, recipe: Path, tmp_path: Path) -> None:
+    done = cli("merge", recipe, tmp_path / "out", "--json", "--set", "steps.merged.density=0.5", "--seed", 5)
+    facts = json.loads(done.stdout)
+    assert facts["method"] == "ties"
+    assert facts["out"] == str(tmp_path / "out")
+    assert facts["output"]["bytes"] > 0
+    lineage = Lineage.read(tmp_path / "out")
+    assert lineage.options[0].options["density"] == [0.5, 0.5]
+    assert lineage.seeds == {"merge": 5}
+    assert "density: 0.5" in lineage.recipe
+
+
+def test_quiet_says_nothing(cli, recipe: Path, tmp_path: Path) -> None:
+    done = cli("-q", "merge", recipe, tmp_path / "out")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_output_that_exists_is_kept_unless_forced(cli, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    refused = cli("merge", recipe, out)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("RG401: ")
+    assert (out / "precious.txt").read_text() == "mine"
+    assert cli("merge", recipe, out, "--force").exit_code == 0
+    assert (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["merge", "run"])
+def test_dry_run_writes_nothing(cli, recipe: Path, tmp_path: Path, command: str) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / "out"
+    done = cli(command, recipe, *([out] if command == "merge" else ["-o", out]), "--dry-run")
+    assert done.exit_code == 0, done.stderr
+    assert "merged: ties of a, b on base" in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_plan_shows_the_value_per_tensor(cli, recipe: Path) -> None:
+    shown = cli("plan", recipe, "--set", "steps.merged.models.a.weight=[0.2, 0.8]", "--set", "steps.merged.lambda=1.5")
+    assert shown.exit_code == 0, shown.stderr
+    assert "weight a=0.2 b=0.4" in shown.stdout
+    assert "weight a=0.8 b=0.4" in shown.stdout
+    assert "lambda 1.5" in shown.stdout
+    assert "of memory at most" in shown.stdout
+
+
+def test_the_plan_as_json(cli, recipe: Path) -> None:
+    plan = json.loads(cli("plan", recipe, "--json", "--max-memory", "64GB").stdout)
+    assert plan["steps"][0]["merge"] == "ties"
+    assert plan["steps"][0]["values"][0]["options"]["weight"] == [0.6, 0.4]
+    assert plan["disk_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ("steps.merged.merge=tie", "RG301"),
+        ("steps.merged.densty=0.1", "RG302"),
+        ("steps.merged.density=2", "RG303"),
+        ("steps.merged.models.c={}", "RG307"),
+        ("models.a=/no/such/folder", "RG101"),
+    ],
+)
+def test_a_recipe_that_cannot_run_fails_before_anything_is_written(
+    cli, recipe: Path, tmp_path: Path, change: str, code: str
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    for arguments in (["plan", recipe], ["merge", recipe, tmp_path / "out"], ["run", recipe, "-o", tmp_path / "out"]):
+        done = cli(*arguments, "--set", change)
+        assert done.exit_code == 2
+        assert done.stderr.startswith(f"{code}: ")
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_run_does_all_steps_and_a_second_run_nothing(cli, recipe: Path, tmp_path: Path) -> None:
+    change = ["--set", "steps.merged.sweep={density: [0.1, 0.5]}", "--set", "steps.merged.lambda=0.9"]
+    without = recipe.read_text().replace("    density: 0.2\n", "")
+    recipe.write_text(without)
+    first = cli("run", recipe, "-o", tmp_path / "out", *change)
+    assert first.exit_code == 0, first.stderr
+    names = ["merged@density=0.1", "merged@density=0.5"]
+    assert all((tmp_path / "out" / name / "model.safetensors").exists() for name in names)
+    second = cli("run", recipe, "-o", tmp_path / "out", *change, "--json")
+    assert list(json.loads(second.stdout)["artefacts"]) == names
+    assert second.stderr.count("done before") == 2
+
+
+def test_ctrl_c_leaves_nothing(cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from regraft.checkpoint.writer import ModelWriter
+
+    def interrupt(self: ModelWriter) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModelWriter, "publish", interrupt)
+    before = sorted(tmp_path.rglob("*"))
+    done = cli("merge", recipe, tmp_path / "out")
+    assert done.exit_code == 130
+    assert done.stderr.endswith("interrupted; nothing was written\n")
+    assert sorted(tmp_path.rglob("*")) == before

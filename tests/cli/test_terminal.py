@@ -1,0 +1,103 @@
+"""How a command ends, and what it says on the way."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from regraft.cli.terminal import Terminal, command
+from regraft.errors import UserError, UserWarningMessage
+
+
+def _invoke(work, *arguments: str) -> Result:
+    """Run an app whose command `work` calls the function given."""
+    app = typer.Typer()
+
+    @app.callback()
+    def _root(context: typer.Context, quiet: bool = False) -> None:
+        context.obj = Terminal(quiet=quiet)
+
+    def work_(terminal: Terminal, times: int = 1) -> None:
+        """Do it."""
+        for _ in range(times):
+            work(terminal)
+
+    app.command("work")(command(work_))
+    return CliRunner().invoke(app, list(arguments) or ["work"])
+
+
+def _raise(error: BaseException):
+    def work(terminal: Terminal) -> None:
+        raise error
+
+    return work
+
+
+def test_a_user_error_is_one_line_and_2() -> None:
+    done = _invoke(_raise(UserError("RG303", "density is 7", where="recipe.yaml, line 3", fix="change density")))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == "RG303: density is 7 (recipe.yaml, line 3): change density\n"
+
+
+def test_ctrl_c_is_one_line_and_130() -> None:
+    done = _invoke(_raise(KeyboardInterrupt()))
+    assert (done.exit_code, done.stderr) == (130, "interrupted; nothing was written\n")
+
+
+def test_what_nobody_foresaw_is_one_line_and_1() -> None:
+    done = _invoke(_raise(ValueError("a\nb")))
+    assert done.exit_code == 1
+    assert done.stderr == "error: ValueError: a b; run again with --debug for the traceback\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a"), UserError("RG303", "b")])
+def test_debug_shows_the_traceback(error: Exception) -> None:
+    done = _invoke(_raise(error), "work", "--debug")
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "in _raise" not in done.stderr  # from where it was raised, not from where it was made
+    assert "in work" in done.stderr
+
+
+def test_an_exit_of_the_command_is_its_own() -> None:
+    assert _invoke(_raise(typer.Exit(7))).exit_code == 7
+    usage = _invoke(_raise(typer.BadParameter("no")))
+    assert usage.exit_code == 2
+    assert "no" in usage.stderr
+
+
+def test_a_reader_that_went_away_is_no_error_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(os, "dup2", lambda *a: calls.append(a))
+    monkeypatch.setattr(sys.stdout.__class__, "fileno", lambda self: 1, raising=False)
+    done = _invoke(_raise(BrokenPipeError()))
+    assert (done.exit_code, done.stderr) == (1, "")
+
+
+def _talk(terminal: Terminal) -> None:
+    terminal.line("a [bold]line[/]")
+    terminal.note("once")
+    warnings.warn("for the user", UserWarningMessage, stacklevel=1)
+    warnings.warn("for programmers", UserWarning, stacklevel=1)
+    terminal.json({"é": 1})
+
+
+def test_notes_are_said_once_and_results_go_to_stdout() -> None:
+    done = _invoke(_talk, "work", "--times", "2")
+    assert done.stdout == '{\n  "é": 1\n}\n' * 2
+    assert done.stderr.splitlines() == ["a [bold]line[/]", "note: once", "note: for the user", "a [bold]line[/]"]
+
+
+@pytest.mark.parametrize("arguments", [["work", "-q"], ["work", "--quiet"], ["--quiet", "work"]])
+def test_quiet_leaves_the_result(arguments: list[str]) -> None:
+    done = _invoke(_talk, *arguments)
+    assert (done.stdout, done.stderr) == ('{\n  "é": 1\n}\n', "")
+
+
+def test_verbose_shows_other_warnings() -> None:
+    assert "for programmers" in _invoke(_talk, "work", "-v").stderr
