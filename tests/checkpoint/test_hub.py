@@ -320,9 +320,9 @@ def test_an_unreachable_hub_does_not_mean_offline_but_says_that_the_cache_would_
     assert "local cache has a copy" in str(error)
 
 
-def test_a_wrong_etag_is_no_harm_if_the_content_is_right(hub: FakeHub) -> None:
+def test_a_wrong_etag_is_noticed_by_the_content(hub: FakeHub) -> None:
     hub.fail["head"] = "wrong etag"
-    # every small file would share one blob: the first is right, the second is not what the list says
+    # the cache names blobs by etag, so the second file is taken for a copy of the first
     error = failed()
     assert error.code == "RG503"
     assert failed(offline=True).code == "RG501"

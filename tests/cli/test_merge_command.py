@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,16 +41,23 @@ def test_quiet_says_nothing(cli, recipe: Path, tmp_path: Path) -> None:
     assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_an_output_that_exists_is_kept_unless_forced(cli, recipe: Path, tmp_path: Path) -> None:
+def test_an_output_that_exists_is_kept_unless_forced(cli, recipe: Path, family: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious.txt").write_text("mine")
+    shutil.copytree(family / "a", out)
     refused = cli("merge", recipe, out)
     assert refused.exit_code == 2
     assert refused.stderr.startswith("RG401: ")
-    assert (out / "precious.txt").read_text() == "mine"
+    assert not (out / "regraft.json").exists()
     assert cli("merge", recipe, out, "--force").exit_code == 0
-    assert (out / "model.safetensors").exists()
+    assert (out / "regraft.json").exists()
+
+
+def test_not_even_force_replaces_what_is_no_model(cli, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    refused = cli("merge", recipe, tmp_path / "out", "--force")
+    assert (refused.exit_code, refused.stderr[:7]) == (2, "RG401: ")
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command", ["merge", "run"])

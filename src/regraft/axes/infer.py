@@ -51,6 +51,9 @@ class Inferred:
             return "attention"
         return "ffn" if re.search(r"mlp|ffn|feed_forward|(^|\.)fc\d?|expert", rest, re.IGNORECASE) else None
 
+    def bare(self, name: str) -> str:
+        return name
+
     def buffer(self, name: str) -> bool:
         return _BUFFERS.search(name) is not None
 

@@ -70,6 +70,10 @@ class Layout:
         _, head, _, rest = split
         return f"{head}{layer}.{rest}"
 
+    def bare(self, name: str) -> str:
+        """The name that this tensor has in a base model without a head, for a family with a table; else `name`."""
+        return self._scheme.bare(name)
+
     def unplaced(self, names: Collection[str]) -> list[str]:
         """The names among `names` that the family's table, or the inference, says nothing of."""
         return [name for name in names if not _explained(self._scheme, name)]
@@ -153,6 +157,9 @@ class _Table:
             one, other = self._full(alias, stored), self._full(canonical, stored)
             found.append((other, one) if one in stored and other not in stored else (one, other))
         return tuple(found)
+
+    def bare(self, name: str) -> str:
+        return name[len(self._prefix) :] if self._prefix and name.startswith(self._prefix) else name
 
     def _full(self, bare: str, stored: Collection[str]) -> str:
         for prefix in self._prefixes:

@@ -45,3 +45,7 @@ class Scheme(Protocol):
     def buffer(self, name: str) -> bool:
         """Whether a name (within a layer, or outside) is that of a stored constant."""
         ...
+
+    def bare(self, name: str) -> str:
+        """The name without what a model with a head puts before its base model's names."""
+        ...

@@ -11,7 +11,7 @@ from regraft.cli.terminal import Terminal
 
 Models = Annotated[
     list[str],
-    typer.Argument(metavar="MODEL...", help="A folder, a file, or a Hub id; @revision and +adapter may follow."),
+    typer.Argument(metavar="MODEL", help="A folder, a file, or a Hub id; @revision and +adapter may follow."),
 ]
 Base = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="The model that the others were fine-tuned from.")

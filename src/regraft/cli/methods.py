@@ -23,7 +23,7 @@ class Room(str, Enum):
 
 def methods(
     terminal: Terminal,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this method's card.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this method's card.")] = None,
     room: Annotated[Room | None, typer.Option("--room", help="Only methods of this kind.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:

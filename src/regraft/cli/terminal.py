@@ -141,15 +141,12 @@ def _show_warnings(terminal: Terminal) -> None:
     if not terminal.verbose and not terminal.debug:
         warnings.simplefilter("ignore")
     warnings.simplefilter("always", UserWarningMessage)
-    usual = warnings.showwarning
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int,
         file: TextIO | None = None, line: str | None = None,
     ) -> None:  # fmt: skip
-        if issubclass(category, UserWarningMessage):
-            terminal.note(str(message))
-        else:
-            usual(message, category, filename, lineno, file, line)
+        own = issubclass(category, UserWarningMessage)
+        terminal.note(str(message) if own else f"{category.__name__}: {message} ({filename}, line {lineno})")
 
     warnings.showwarning = show

@@ -21,9 +21,11 @@ from regraft.merge.rule import Chunk, TensorInfo
 
 @dataclass
 class _Sums:
-    """Of one or more tensors: inner products of task vectors (n, n), ‖base‖², entries that moved and that conflict."""
+    """Of one or more tensors: inner products (n, n) and L1 norms (n,) of task vectors, ‖base‖², entries that moved and
+    that conflict."""
 
     gram: Tensor
+    absolute: Tensor
     base: float = 0.0
     moved: int = 0
     conflicts: int = 0
@@ -31,6 +33,7 @@ class _Sums:
 
     def add(self, other: _Sums) -> None:
         self.gram += other.gram
+        self.absolute += other.absolute
         self.base += other.base
         self.moved += other.moved
         self.conflicts += other.conflicts
@@ -40,9 +43,14 @@ class _Sums:
         norms = self.gram.diagonal().clamp(min=0).sqrt()
         return {
             "norms": [_digits(float(x)) for x in norms],
+            "mean_change": [_digits(float(x) / max(self.elements, 1)) for x in self.absolute],
             "base_norm": _digits(math.sqrt(self.base)),
             "sign_conflict": _digits(self.conflicts / self.moved) if self.moved else 0.0,
         }
+
+    @classmethod
+    def empty(cls, n: int) -> _Sums:
+        return cls(torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
 
     def cosines(self) -> list[list[float]]:
         norms = self.gram.diagonal().clamp(min=0).sqrt()
@@ -71,6 +79,7 @@ class TaskVectorStatistics:
         positive, negative = (deltas > 0).any(0), (deltas < 0).any(0)
         found = _Sums(
             _gram(deltas),
+            deltas.abs().sum(1, dtype=torch.float64),
             float(_gram(chunk.base.unsqueeze(0))),
             int((positive | negative).sum()),
             int((positive & negative).sum()),
@@ -78,7 +87,7 @@ class TaskVectorStatistics:
         )
         with self._lock:
             if chunk.info.name not in self._tensors:
-                self._tensors[chunk.info.name] = (chunk.info, _Sums(torch.zeros(self.n, self.n, dtype=torch.float64)))
+                self._tensors[chunk.info.name] = (chunk.info, _Sums.empty(self.n))
             self._tensors[chunk.info.name][1].add(found)
 
     def summary(self, names: Sequence[str]) -> dict[str, Any]:
@@ -89,13 +98,13 @@ class TaskVectorStatistics:
         """
         if not self._tensors:
             return {}
-        total = _Sums(torch.zeros(self.n, self.n, dtype=torch.float64))
+        total = _Sums.empty(self.n)
         layers: dict[tuple[str, int], _Sums] = {}
         for info, sums in self._tensors.values():
             total.add(sums)
             if info.layer is not None:
                 key = (info.stack, info.layer)
-                layers.setdefault(key, _Sums(torch.zeros_like(total.gram))).add(sums)
+                layers.setdefault(key, _Sums.empty(self.n)).add(sums)
         facts = total.facts()
         relative = [_digits(n / facts["base_norm"]) if facts["base_norm"] else 0.0 for n in facts["norms"]]
         return {

@@ -153,6 +153,24 @@ def lines(
     return _svg(title, width, height, shapes)
 
 
+def thumbnails(images: Mapping[str, Sequence[Sequence[float]]], *, title: str, size: float = 96.0) -> Markup:
+    """Small one-channel images side by side, each with its name: rows of values from 0 (paper) to 1 (ink)."""
+    shapes: list[Markup] = []
+    gap = 20.0
+    for k, (name, rows) in enumerate(images.items()):
+        left, pixel = k * (size + gap) + 1, size / max(len(rows), 1)
+        box = {"x": number(left), "y": "1", "width": number(size), "height": number(size)}
+        shapes.append(tag("rect", class_="canvas", rx="3", **box))
+        for i, row in enumerate(rows):
+            for j, value in enumerate(row):
+                if value > 0:
+                    spot = {"x": number(left + j * pixel), "y": number(1 + i * pixel)}
+                    side = {"width": number(pixel + 0.2), "height": number(pixel + 0.2)}
+                    shapes.append(tag("rect", class_="ink", fill_opacity=f"{min(1.0, value):.2f}", **spot, **side))
+        shapes.append(tag("text", name, x=number(left + size / 2), y=number(size + 22), class_="middle axis"))
+    return _svg(title, len(images) * (size + gap) - gap + 2, size + 30, shapes)
+
+
 def _names(ends: Sequence[tuple[float, str, int]], x: float) -> list[Markup]:
     """Names beside the ends of lines, moved apart where they would overlap."""
     shapes: list[Markup] = []

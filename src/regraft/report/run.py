@@ -154,22 +154,31 @@ def lineage_table(lineages: Mapping[str, Lineage]) -> Table:
 
 def delta_figures(lineages: Mapping[str, Lineage]) -> list[Section]:
     """Cosines between task vectors, and their norms by layer, from the first merge that measured the most models."""
-    measured = [lineage for lineage in lineages.values() if lineage.diagnostics.get("cosines")]
+    measured = [lineage.diagnostics for lineage in lineages.values() if lineage.diagnostics.get("models")]
     if not measured:
         return []
-    facts = max(measured, key=lambda lineage: len(lineage.diagnostics["cosines"])).diagnostics
+    facts = max(measured, key=lambda d: len(d["models"]))
     names: list[str] = facts["models"]
     parts: list[Section] = []
-    if len(names) > 1:
-        drawing = heat_map(names, names, facts["cosines"], title="Cosines between task vectors", low=-1.0, high=1.0)
+    if len(names) > 1 and facts.get("cosine"):
+        drawing = heat_map(names, names, facts["cosine"], title="Cosines between task vectors", low=-1.0, high=1.0)
         caption = "Cosine of the angle between task vectors (fine-tune minus base): near 0 they hardly interfere."
         parts.append(Figure("Cosines of task vectors", drawing, caption))
     layers = facts.get("layers") or []
     if len(layers) > 1:
-        series = {name: [layer["norms"][i] for layer in layers] for i, name in enumerate(names)}
-        labels = [str(layer["label"]) for layer in layers]
-        drawing = lines(series, labels, title="Norm of task vectors by layer", y_title="L2 norm of the change")
-        parts.append(Figure("Change by layer", drawing, "How far each fine-tune moved the weights of each layer."))
+        labels = [f"{layer['stack']} {layer['layer']}".strip() for layer in layers]
+        norms = [[layer["norms"][i] for layer in layers] for i in range(len(names))]
+        title, caption = (
+            "Change by layer",
+            "L2 norm of the change that each fine-tune made to the weights of each layer.",
+        )
+        if len(layers) < 4:
+            top = max(max(row) for row in norms)
+            drawing = heat_map(names, [f"layer {label}" for label in labels], norms, title=title, high=top)
+        else:
+            series = dict(zip(names[:8], norms, strict=False))
+            drawing = lines(series, labels, title=title, y_title="L2 norm of the change", x_title="layer")
+        parts.append(Figure(title, drawing, caption))
     return parts
 
 
