@@ -1,4 +1,4 @@
-"""The main job on real data, in one go: train a small base and four experts, merge them by a recipe, see what it is worth.
+"""The main job on real data: train a small base and four experts, merge them by a recipe, see what it is worth.
 
     python examples/digits/demo.py --out demo
 
@@ -157,14 +157,12 @@ def summarise(shown: Sequence[Evaluation], result: RunResult) -> list[str]:
     base = next(e for e in shown if e.model == "base")
     single, merged = max(singles, key=value), max(merges, key=value)
     more = sum(value(e) > value(single) for e in merges)
-    low, high = merged.score["interval"]
     return [
         f"The base reads {percent(base.score['per_group'][BASE.__name__]['value'])} of upright digits and "
         f"{percent(value(base))} over all {len(SKILLS)} skills; the best single model, {single.model}, reads "
         f"{percent(value(single))}.",
-        f"The best merge, {merged.model}, reads {percent(value(merged))} (95 % interval {percent(low)} to "
-        f"{percent(high)}) with the same size and no further training; {more} of {len(merges)} rules beat every single "
-        f"model.",
+        f"The best merge, {merged.model}, reads {percent(value(merged))} with the same size and no further training; "
+        f"{more} of {len(merges)} rules beat every single model.",
     ]
 
 

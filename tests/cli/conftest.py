@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from click.testing import Result
-from models import save_fine_tune, save_model
 from typer.testing import CliRunner
 
+from models import save_fine_tune, save_model
 from regraft.cli.main import app
 
 
 @pytest.fixture
-def cli() -> Callable[..., Result]:
+def cli() -> Callable[..., Any]:
     """`cli("merge", recipe, out)` -> exit_code, stdout, stderr."""
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
 

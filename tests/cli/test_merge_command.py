@@ -1,4 +1,4 @@
-"""`regraft merge`, `run` and `plan` from the command line: output, JSON, exit status, and that nothing is left behind."""
+"""`regraft merge`, `run` and `plan`: what they print, write and leave behind, and their exit status."""
 
 from __future__ import annotations
 

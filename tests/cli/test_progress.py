@@ -58,10 +58,14 @@ def test_a_terminal_has_a_bar_which_goes_away() -> None:
 
 def test_an_error_stops_the_bar_and_claims_nothing() -> None:
     terminal, stream = _terminal(bar=True)
-    progress = TerminalProgress(terminal)
-    with pytest.raises(KeyError), progress:
-        progress.step("merged")
-        progress.advance(1, 4)
-        raise KeyError
+
+    def fail() -> None:
+        with TerminalProgress(terminal) as progress:
+            progress.step("merged")
+            progress.advance(1, 4)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert "done in" not in stream.getvalue()
     assert "\x1b[?25h" in stream.getvalue()

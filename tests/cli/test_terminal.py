@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import typer
-from click.testing import Result
 from typer.testing import CliRunner
 
 from regraft.cli.terminal import Terminal, command
 from regraft.errors import UserError, UserWarningMessage
 
 
-def _invoke(work, *arguments: str) -> Result:
+def _invoke(work, *arguments: str) -> Any:
     """Run an app whose command `work` calls the function given."""
     app = typer.Typer()
 

@@ -224,7 +224,10 @@ def _folder(parent: Checkpoint, name: str) -> dict[str, Path]:
 
 def _file(parent: Checkpoint, name: str) -> Path:
     """The path of a file of the model, which is neither a link out of its folder nor a stub of git-LFS."""
-    path = inside(parent.path, name, where=parent.ref)
+    # An adapter that adds words brings its own tokenizer: `files` then leads to the adapter's folder.
+    listed = parent.files.get(name)
+    folder = parent.path if listed is None or "/" in name else listed.parent
+    path = inside(folder, name, where=parent.ref)
     head(path)
     return path
 

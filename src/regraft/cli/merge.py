@@ -9,7 +9,7 @@ import typer
 
 from regraft.cli import options as opt
 from regraft.cli.plan import show_plan
-from regraft.cli.progress import TerminalProgress, duration
+from regraft.cli.progress import TerminalProgress
 from regraft.cli.terminal import Terminal
 from regraft.cli.words import size_in_words
 
@@ -46,11 +46,16 @@ def merge(
         seed=seed,
     )
     document = opt.read_recipe(recipe, assignments)
-    if dry_run:
+    if dry_run or terminal.verbose:
         from regraft.recipe.plan import make_plan
 
-        show_plan(terminal, make_plan(document, settings, out=out).to_dict(), as_json=as_json)
-        return
+        planned = make_plan(document, settings, out=out).to_dict()
+        if dry_run and as_json:
+            terminal.json(planned)
+        else:
+            show_plan(terminal, terminal.out if dry_run else terminal.err, planned)
+        if dry_run:
+            return
     from regraft.checkpoint.lineage import Lineage
     from regraft.recipe.run import merge as merge_recipe
 
@@ -63,6 +68,6 @@ def merge(
         return
     output = lineage.output
     sizes = f"{output.tensors} tensors, {size_in_words(output.bytes)}, {output.dtype}, " if output else ""
-    cost = f"made in {duration(lineage.wall_seconds or 0)}, peak memory {size_in_words(lineage.peak_memory_bytes or 0)}"
     if not terminal.quiet:
-        terminal.out.print(f"{folder}: {lineage.method}, {sizes}{cost}", markup=False)
+        memory = f"peak memory {size_in_words(lineage.peak_memory_bytes or 0)}"
+        terminal.out.print(f"{folder}: {lineage.method}, {sizes}{memory}", markup=False)

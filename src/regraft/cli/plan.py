@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from regraft.cli import options as opt
 from regraft.cli.progress import count, duration
 from regraft.cli.terminal import Terminal
 from regraft.cli.words import options_in_words, size_in_words, value_in_words
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="OUT", help="Where the results would go, to check the disk.")
@@ -49,62 +52,70 @@ def plan(
         seed=seed,
     )
     planned = make_plan(opt.read_recipe(recipe, assignments), settings, out=out)
-    show_plan(terminal, planned.to_dict(), as_json=as_json)
-
-
-def show_plan(terminal: Terminal, plan: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print what `Plan.to_dict` gives, for a script or for people."""
     if as_json:
-        terminal.json(plan)
-        return
+        terminal.json(planned.to_dict())
+    else:
+        show_plan(terminal, terminal.out, planned.to_dict())
+
+
+def show_plan(terminal: Terminal, console: Console, plan: Mapping[str, Any]) -> None:
+    """Print what `Plan.to_dict` gives for people to read; its warnings go to stderr as notes."""
     for step in plan["steps"]:
-        _show_evaluation(terminal, step) if "evaluate" in step else _show_merge(terminal, step)
+        _show_evaluation(console, step) if "evaluate" in step else _show_merge(console, step)
     disk = f"{size_in_words(plan['disk_bytes'])} on disk"
     memory = f"{size_in_words(plan['memory_bytes'])} of memory at most"
     time = f"about {duration(plan['seconds_estimated'])} for the merges"
     threads = f"{plan['workers']} workers, chunks of {count(plan['chunk_elements'])} elements"
-    terminal.out.print(f"In all: {disk}, {memory}, {time}; {threads}", markup=False)
+    console.print(f"In all: {disk}, {memory}, {time}; {threads}", markup=False)
     for warning in plan["warnings"]:
         terminal.note(warning)
 
 
-def _show_evaluation(terminal: Terminal, step: Mapping[str, Any]) -> None:
-    terminal.out.print(f"{step['step']}: {step['evaluate']} of {', '.join(step['models'])}", markup=False, style="bold")
-    terminal.out.print(f"  {value_in_words(step['options'])}", markup=False)
+def _show_evaluation(console: Console, step: Mapping[str, Any]) -> None:
+    console.print(f"{step['step']}: {step['evaluate']} of {', '.join(step['models'])}", markup=False, style="bold")
+    console.print(f"  {value_in_words(step['options'])}", markup=False)
 
 
-def _show_merge(terminal: Terminal, step: Mapping[str, Any]) -> None:
+def _show_merge(console: Console, step: Mapping[str, Any]) -> None:
+    base = f" on {step['base']}" if step["base"] else ""
+    title = f"{step['step']}: {step['merge']} of {', '.join(step['models'])}{base}"
+    console.print(title, markup=False, style="bold")
+    lines = [
+        f"{step['tensors']} tensors, {count(step['parameters'])} parameters, {', '.join(step['dtypes'])}",
+        f"reads {size_in_words(step['bytes_read'])}, writes {size_in_words(step['bytes_written'])}",
+        f"configuration of {step['config_from']}, licence {step['licence'] or 'unknown'}, seed {step['seed']}",
+    ]
+    if step["config_changes"]:
+        lines.append(f"configuration changes: {value_in_words(step['config_changes'])}")
+    for line in lines:
+        console.print(f"  {line}", markup=False)
+    _show_values(console, step)
+
+
+def _show_values(console: Console, step: Mapping[str, Any]) -> None:
+    """The resolved options: once what is the same for all tensors, then a row for each run of equal ones."""
     from rich.table import Table
+    from rich.text import Text
 
     from regraft.merge.rule import per_model_fields
     from regraft.methods import method
 
-    base = f" on {step['base']}" if step["base"] else ""
-    title = f"{step['step']}: {step['merge']} of {', '.join(step['models'])}{base}"
-    terminal.out.print(title, markup=False, style="bold")
-    sizes = f"{step['tensors']} tensors, {count(step['parameters'])} parameters, {', '.join(step['dtypes'])}"
-    flow = f"reads {size_in_words(step['bytes_read'])}, writes {size_in_words(step['bytes_written'])}"
-    origin = f"configuration of {step['config_from']}, licence {step['licence'] or 'unknown'}, seed {step['seed']}"
-    for line in (sizes, flow, origin):
-        terminal.out.print(f"  {line}", markup=False)
-    if step["config_changes"]:
-        terminal.out.print(f"  configuration changes: {value_in_words(step['config_changes'])}", markup=False)
-    table = Table("layers", "tensors", "from", "to", "values", box=None, padding=(0, 2), pad_edge=True)
     per_model = per_model_fields(method("merge", step["merge"]).options)
+    merged = [row["options"] for row in step["values"] if row["options"] is not None]
+    shared = {k: v for k, v in merged[0].items() if all(other[k] == v for other in merged)} if merged else {}
+    if shared:
+        console.print(f"  all tensors: {options_in_words(shared, step['models'], per_model)}", markup=False)
+    if len(step["values"]) == 1 and len(shared) == len(merged[0] if merged else {}):
+        return
+    table = Table("layers", "tensors", "from", "to", "values", box=None, padding=(0, 2), pad_edge=True)
     for row in step["values"]:
-        values = "copied" if row["options"] is None else options_in_words(row["options"], step["models"], per_model)
+        own = {k: v for k, v in (row["options"] or {}).items() if k not in shared}
+        values = "copied" if row["options"] is None else options_in_words(own, step["models"], per_model)
         last = row["last"] if row["last"] != row["first"] else ""
-        table.add_row(*map(_plain, (_layers(row), str(row["tensors"]), row["first"], last, values)))
-    terminal.out.print(table)
+        table.add_row(*map(Text, (_layers(row), str(row["tensors"]), row["first"], last, values)))
+    console.print(table)
 
 
 def _layers(row: Mapping[str, Any]) -> str:
     ends = [str(row[key]) for key in ("first_layer", "last_layer") if row[key] is not None]
     return "-".join(dict.fromkeys(ends))
-
-
-def _plain(text: str) -> Any:
-    """A text for a table that is not read as rich's markup."""
-    from rich.text import Text
-
-    return Text(text)

@@ -54,11 +54,16 @@ def run(
     )
     document = opt.read_recipe(recipe, assignments)
     folder = out or Path("runs") / recipe.stem
-    if dry_run:
+    if dry_run or terminal.verbose:
         from regraft.recipe.plan import make_plan
 
-        show_plan(terminal, make_plan(document, settings, out=folder).to_dict(), as_json=as_json)
-        return
+        planned = make_plan(document, settings, out=folder).to_dict()
+        if dry_run and as_json:
+            terminal.json(planned)
+        else:
+            show_plan(terminal, terminal.out if dry_run else terminal.err, planned)
+        if dry_run:
+            return
     from regraft.recipe.run import run as run_recipe
 
     terminal.interrupted = f"finished steps are kept in {folder}, and a new run goes on from there"

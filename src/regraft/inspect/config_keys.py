@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 # Keys that never change the numbers of a forward pass in evaluation.
-COSMETIC = frozenset(
-    """
-    _name_or_path name_or_path transformers_version architectures auto_map torch_dtype dtype use_cache torchscript
-    return_dict return_dict_in_generate output_attentions output_hidden_states output_scores output_router_logits
-    gradient_checkpointing attn_implementation _attn_implementation _attn_implementation_autoset
-    _experts_implementation initializer_range initializer_factor init_std router_aux_loss_coef router_jitter_noise
-    pretraining_tp n_ctx chunk_size_feed_forward tokenizer_class processor_class finetuning_task task_specific_params
-    layerdrop encoder_layerdrop decoder_layerdrop pruned_heads tf_legacy_loss use_bfloat16 prefix reorder_and_upcast_attn
-    pad_token_id bos_token_id eos_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id
-    forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens bad_words_ids
-    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
-    top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    num_return_sequences remove_invalid_values exponential_decay_length_penalty
-    """.split()
-)
+_HARMLESS = """
+_name_or_path name_or_path transformers_version architectures auto_map torch_dtype dtype use_cache torchscript
+return_dict return_dict_in_generate output_attentions output_hidden_states output_scores output_router_logits
+gradient_checkpointing attn_implementation _attn_implementation _attn_implementation_autoset
+_experts_implementation initializer_range initializer_factor init_std router_aux_loss_coef router_jitter_noise
+pretraining_tp n_ctx chunk_size_feed_forward tokenizer_class processor_class finetuning_task
+task_specific_params layerdrop encoder_layerdrop decoder_layerdrop pruned_heads tf_legacy_loss use_bfloat16
+prefix reorder_and_upcast_attn pad_token_id bos_token_id eos_token_id sep_token_id cls_token_id mask_token_id
+unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id suppress_tokens
+begin_suppress_tokens bad_words_ids max_length min_length max_new_tokens do_sample early_stopping num_beams
+num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences remove_invalid_values
+exponential_decay_length_penalty
+"""
+COSMETIC = frozenset(_HARMLESS.split())
 # The tensors themselves show whether embeddings are tied; a merge compares those.
 _SHOWN_BY_TENSORS = frozenset({"tie_word_embeddings"})
 _LABELS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
@@ -57,9 +57,9 @@ def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Diffe
     """
     raw = _compare(a, b)
     if any(d.matters for d in raw) and a.get("model_type") == b.get("model_type"):
-        full = _normalised(a), _normalised(b)
-        if full[0] is not None and full[1] is not None:
-            real = [d for d in _compare(*full) if d.matters]
+        full_a, full_b = _normalised(a), _normalised(b)
+        if full_a is not None and full_b is not None:
+            real = [d for d in _compare(full_a, full_b) if d.matters]
             shown = {d.key for d in real} | (set(_ROPE_KEYS) if any(d.key in _ROPE_KEYS for d in real) else set())
             raw = real + [Difference(d.key, d.a, d.b, False) for d in raw if d.key not in shown]
     return sorted(raw, key=lambda d: (not d.matters, d.key))
@@ -90,7 +90,7 @@ def _matters(key: str, mine: Any, theirs: Any, a: Mapping[str, Any], b: Mapping[
 
 def _has_no_labels(config: Mapping[str, Any]) -> bool:
     """Whether the classes named are known to have no labelled outputs, so that label maps are only defaults."""
-    classes = config.get("architectures")
+    classes = config.get("architectures") or []
     return bool(classes) and not any("Classification" in str(name) for name in classes)
 
 

@@ -6,7 +6,7 @@ or one weight per entry (n, L).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import torch
@@ -28,18 +28,36 @@ class TaskVectorOptions(Options):
     )
 
 
+def added(rows: Iterable[Tensor]) -> Tensor:
+    """Sum over models, (n, L) -> (L,), in their order, at least one.
+
+    `rows.sum(0)` may add in another order in a slice of another length, and results must not depend on how tensors are
+    cut.
+    """
+    each = iter(rows)
+    out = next(each).clone()
+    for row in each:
+        out += row
+    return out
+
+
+def changed(base: Tensor, change: Tensor) -> Tensor:
+    """`base + change`; an entry that does not change keeps its bits (-0.0 + 0.0 would be 0.0)."""
+    return torch.where(change == 0, base, base + change)
+
+
 def agreement(deltas: Tensor) -> Tensor:
     """Bool (n, L): entries that have the sign of their column's sum. A sum of exactly zero counts as positive; entries
     that are zero agree with no sign (TIES, arXiv:2306.01708, elects by total magnitude)."""
-    positive = deltas.sum(0) >= 0
+    positive = added(deltas) >= 0
     return torch.where(positive, deltas > 0, deltas < 0)
 
 
 def total(deltas: Tensor, weights: Tensor, normalize: bool) -> Tensor:
     """Weighted sum over models, (L,); divided by the sum of weights if `normalize` (and that is not about zero)."""
-    merged = (deltas * weights).sum(0)
+    merged = added(deltas * weights)
     if normalize:
-        divisor = weights.sum(0)
+        divisor = added(weights)
         merged = merged / torch.where(divisor.abs() < 1e-8, torch.ones_like(divisor), divisor)
     return merged
 
@@ -48,9 +66,9 @@ def elected(deltas: Tensor, weights: Tensor, normalize: bool) -> Tensor:
     """Weighted sum of the entries whose weighted sign won, (L,); their weighted mean if `normalize`."""
     weighted = deltas * weights
     agree = agreement(weighted)
-    merged = (weighted * agree).sum(0)
+    merged = added(weighted * agree)
     if normalize:
-        divisor = (agree * weights).sum(0)
+        divisor = added(agree * weights)
         merged = merged / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
     return merged
 
@@ -62,7 +80,6 @@ def onto_base(
 
     def combine(c: Chunk[Any]) -> Tensor:
         merged = join(sparse(c), c.per_model(c.options.weight), c.options.normalize)
-        out: Tensor = c.base + c.options.lambda_ * merged
-        return out
+        return changed(c.base, c.options.lambda_ * merged)
 
     return combine

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field
+from torch import Tensor
 
 from regraft.merge.consensus import Density, TaskVectorOptions
-from regraft.merge.rule import PerModel, Unit
-from regraft.merge.sparsify import Stage, drawn, norms_restored
+from regraft.merge.rule import Chunk, PerModel, Unit
+from regraft.merge.sparsify import Sparse, Stage, drawn, norms_restored
 from regraft.methods import Paper
 
 DARE = Paper(
@@ -41,7 +44,29 @@ def rescaled(unit: Unit[DareOptions]) -> Stage:
     o = unit.options
     sparse = drawn(unit, o.density, o.seed)
     if o.rescale == "l1":
-        return (yield from norms_restored(unit, sparse))
+        return _watched(unit, (yield from norms_restored(unit, sparse)))
     if o.rescale == "density":
-        return lambda c: sparse(c) / c.per_model(o.density)
-    return sparse
+        return _watched(unit, lambda c: sparse(c) / c.per_model(o.density))
+    return _watched(unit, sparse)
+
+
+def _watched(unit: Unit[DareOptions], sparse: Sparse) -> Sparse:
+    """Warn of task vectors that were sparse before, counted in the last pass. Those of frozen tensors do not count."""
+    lock = threading.Lock()
+    zeros, seen = torch.zeros(unit.n, dtype=torch.int64), 0
+
+    def watch(c: Chunk[Any]) -> Tensor:
+        nonlocal zeros, seen
+        found = (c.deltas == 0).sum(1)
+        with lock:
+            zeros, seen = zeros + found, seen + c.deltas.shape[1]
+            if seen == unit.numel:
+                for i in ((2 * zeros > seen) & (zeros < seen)).nonzero().flatten().tolist():
+                    if unit.options.density[i] < 1:
+                        unit.warn(
+                            f"model {i + 1} does not differ from the base in more than half of the entries of some"
+                            " tensors, as after an earlier drop; dare drops from the rest"
+                        )
+        return sparse(c)
+
+    return watch

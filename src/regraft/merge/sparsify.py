@@ -33,8 +33,10 @@ def largest(unit: Unit[Any], densities: Sequence[float]) -> Stage:
     keep = [max(1, math.floor(d * count)) for d in densities]
     if all(k == count for k in keep):
         return lambda c: c.deltas
-    (found,) = yield [OrderStatistic(lambda c: c.deltas.abs(), ranks=[[count - k] for k in keep])]
-    unit.note(thresholds=[float(x) for x in found[:, 0]])
+    sizes = OrderStatistic(lambda c: c.deltas.abs(), ranks=[[count - k] for k in keep])
+    (found,) = yield [sizes]
+    # Magnitudes of bf16 models lie on a grid, so that many may be equal to the threshold.
+    unit.note(thresholds=found[:, 0].tolist(), kept=_shares(count - sizes.below[:, 0], count))
 
     def sparse(c: Chunk[Any]) -> Tensor:
         return c.deltas * (c.deltas.abs() >= found)
@@ -55,8 +57,11 @@ def middle(unit: Unit[Any], densities: Sequence[float], gammas: Sequence[float])
         if bottom < 0:
             top, bottom = top + bottom, 0
         ranks.append([min(bottom, count - 1), max(count - top - 1, 0)])
-    (found,) = yield [OrderStatistic(lambda c: c.deltas.abs(), ranks=ranks)]
-    unit.note(thresholds=found.tolist())
+    if all(pair == [0, count - 1] for pair in ranks):
+        return lambda c: c.deltas
+    sizes = OrderStatistic(lambda c: c.deltas.abs(), ranks=ranks)
+    (found,) = yield [sizes]
+    unit.note(thresholds=found.tolist(), kept=_shares((sizes.upto[:, 1] - sizes.below[:, 0]).clamp(min=0), count))
     low, high = found[:, :1], found[:, 1:]
 
     def sparse(c: Chunk[Any]) -> Tensor:
@@ -72,6 +77,9 @@ def drawn(unit: Unit[Any], densities: Sequence[float], seed: int) -> Sparse:
     def sparse(c: Chunk[Any]) -> Tensor:
         out = torch.zeros_like(c.deltas)
         for i, density in enumerate(densities):
+            if density == 1:
+                out[i] = c.deltas[i]
+                continue
             keep = keep_mask(c.random_bits(seed, i), density)
             torch.where(keep, c.deltas[i], out[i], out=out[i])
         return out
@@ -85,3 +93,7 @@ def norms_restored(unit: Unit[Any], sparse: Sparse) -> Stage:
     factors = torch.where(after > _EPSILON, before / after.clamp(min=_EPSILON), torch.ones_like(after))
     unit.note(rescaled_by=factors.tolist())
     return lambda c: sparse(c) * factors.to(c.models.dtype).unsqueeze(1)
+
+
+def _shares(counts: Tensor, numel: int) -> list[float]:
+    return [round(int(n) / numel, 6) for n in counts]

@@ -205,7 +205,8 @@ class OrderStatistic:
         ranks: 0-based ranks in ascending order of value: one list for all rows, or one list per row.
 
     The result has shape (rows, number of ranks) in the arithmetic dtype. Two sweeps for float32, four for float64:
-    each resolves 16 bits of an order-preserving integer image of the floats.
+    each resolves 16 bits of an order-preserving integer image of the floats. `below` and `upto`, of the same shape,
+    then count the entries less than, and not greater than, each of them.
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class OrderStatistic:
         self._lock = threading.Lock()
         self.sweeps = 2
         self.result = torch.empty(0)
+        self.below = self.upto = torch.empty(0, dtype=torch.int64)
 
     def begin(self, numel: int) -> None:
         self.sweeps = 1 if numel <= _KEEP else 2
@@ -271,18 +273,24 @@ class OrderStatistic:
             ordered = torch.cat(self._kept, 1).sort(1).values
             targets = self._targets_for(ordered.shape[0])
             self.result = torch.stack([row[torch.tensor(t)] for row, t in zip(ordered, targets, strict=True)])
+            self.below = torch.searchsorted(ordered, self.result)
+            self.upto = torch.searchsorted(ordered, self.result, right=True)
             self._kept = None
             return True
         bits = self._dtype.itemsize * 8
         if self._level == 0:
             self._targets = self._targets_for(self._rows)
             self._prefixes = [[0] * len(t) for t in self._targets]
+            self.below = torch.zeros((self._rows, len(self._targets[0])), dtype=torch.int64)
+        same = torch.zeros_like(self.below)  # entries that share the digits found so far
         for row, ranks in enumerate(self._targets):
             for i, wanted in enumerate(ranks):
                 cumulative = self._histograms[row, self._prefixes[row][i]].cumsum(0)
                 digit = int(torch.searchsorted(cumulative, wanted, right=True))
                 below = int(cumulative[digit - 1]) if digit else 0
                 self._targets[row][i] = wanted - below
+                self.below[row, i] += below
+                same[row, i] = int(cumulative[digit]) - below
                 if self._level == 0:
                     digit -= _BINS >> 1  # back to the signed top digit
                     self._prefixes[row][i] = digit
@@ -292,6 +300,7 @@ class OrderStatistic:
         self._level += 1
         if self._level * 16 < bits:
             return False
+        self.upto = self.below + same
         integer = torch.int32 if bits == 32 else torch.int64
         self.result = _from_keys(torch.tensor(self._prefixes, dtype=integer), self._dtype)
         return True

@@ -117,8 +117,9 @@ def _other_shape(
 ) -> UserError:
     shapes = f"{name} has shape {list(source.shape)} in {member.name} and {list(reference.shape)} in the others"
     role = layout.place(name).role
-    words = role == "embedding" or (role == "head" and source.shape[:1] == (member.checkpoint.config.get("vocab_size"),))
-    if words and source.shape[1:] == reference.shape[1:]:
+    vocabulary = member.checkpoint.config.get("vocab_size")
+    words = role == "embedding" or (role == "head" and source.shape[0] == vocabulary)
+    if words and len(source.shape) == 2 and source.shape[1:] == reference.shape[1:]:
         what = f"the vocabularies differ: {shapes}"
         return UserError("RG204", what, where=where, fix="resize them to one vocabulary, or exclude embedding and head")
     return UserError("RG201", shapes, where=where, fix="exclude it, or merge models of one architecture")

@@ -15,7 +15,7 @@ from regraft.checkpoint.licences import LicenceVerdict, combine
 from regraft.checkpoint.tensor import nbytes
 from regraft.checkpoint.writer import TensorSpec, size_on_disk
 from regraft.errors import UserError
-from regraft.inspect.deltas import check_base
+from regraft.inspect.distance import relative_distance
 from regraft.merge.engine import Job, group
 from regraft.merge.rule import Rule
 from regraft.methods import method
@@ -155,7 +155,7 @@ def plan_merge(
     _check_patterns(excluded, template, step)
     group(jobs)  # raises if options vary that must not
     if rule.needs_base and base is not None and not planned and not settings.force:
-        _check_lineage(base, inputs, step)
+        remarks += _check_lineage(base, inputs, step)
     specs = [TensorSpec(j.info.name, j.info.shape, j.out_dtype) for j in jobs]
     tokenizer = members[step.tokenizer_from] if step.tokenizer_from else template
     verdict = combine([m.checkpoint for m in dict.fromkeys([template, *everyone])])
@@ -217,10 +217,15 @@ def _check_patterns(excluded: Sequence[re.Pattern[str]], template: Member, step:
             raise UserError("RG308", what, where=step.where, fix=f"its names look like {names[len(names) // 2]}")
 
 
-def _check_lineage(base: Member, inputs: Sequence[Member], step: MergeStep) -> None:
+def _check_lineage(base: Member, inputs: Sequence[Member], step: MergeStep) -> list[str]:
+    """Remarks on models that are far from the base; raises RG205 for one that does not come from it."""
+    remarks = []
     for member in inputs:
-        reason = check_base(base.checkpoint, member.checkpoint)
-        if reason:
-            what = f"{member.name} does not look like a fine-tune of {base.name}: {reason}"
+        distance = relative_distance(base.checkpoint, member.checkpoint)
+        if distance.verdict == "unrelated":
+            what = f"{member.name} does not look like a fine-tune of {base.name}: {distance.sentence()}"
             fix = "name the base that it was fine-tuned from, or go on with --force"
             raise UserError("RG205", what, where=step.where, fix=fix)
+        if distance.verdict == "far":
+            remarks.append(f"{member.name} and {base.name} are {distance.sentence()}")
+    return remarks

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from regraft.checkpoint import open_checkpoint
-from regraft.errors import UserError, nearest
+from regraft.errors import UserError
 from regraft.merge.engine import DEFAULT_CHUNK, Job, default_workers, fit_memory, predict_memory
 from regraft.methods import Options, method
 from regraft.recipe.document import EvaluateStep, MergeStep, Recipe
@@ -181,18 +179,8 @@ def _plan_evaluation(step: EvaluateStep, recipe: Recipe, members: Members) -> Ev
     data = (folder / Path(step.data).expanduser()) if step.data else folder
     if not step.data or not data.exists():
         raise UserError("RG601", f"no data at {step.data!r}", where=step.where, fix="give the path of a data file")
-    known = {f.alias or n for n, f in metric.options.model_fields.items()}
-    for name in step.options:
-        if name not in known:
-            what = f"{metric.name} has no option {name!r}"
-            raise UserError("RG302", what, where=step.where, fix=nearest(name, known))
-    try:
-        options = metric.options(**step.options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        what = f"{name} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        raise UserError("RG303", what, where=step.where, fix=f"change {name}") from None
+    options = metric.resolve(step.options, where=step.where)
+    metric.check(data, options)
     return EvaluatePlan(step, metric, options, data, step.models)
 
 

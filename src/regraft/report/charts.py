@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from regraft.report.markup import Markup, join, number, tag
 
-CHARACTER = 7.2  # width of an average character at 13 px
+CHARACTER = 8.0  # width of a character at 13 px in a wide font
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def heat_map(
     low: float = 0.0,
     high: float = 1.0,
     percent: bool = False,
+    signed: bool = False,
 ) -> Markup:
     """Values of a matrix in tinted cells.
 
@@ -79,6 +80,7 @@ def heat_map(
         title: what the drawing shows, for those who do not see it.
         low, high: range of the tint. If `low` < 0 < `high`, values below zero get a second colour.
         percent: write values times 100.
+        signed: write a plus before values above zero, as befits differences.
     """
     left = 12 + CHARACTER * max(map(len, rows), default=0)
     wide = max(52.0, 16 + CHARACTER * max((len(c) for c in columns), default=0))
@@ -99,6 +101,7 @@ def heat_map(
             kind = "cell below" if low < 0 and value < 0 else "cell"
             shapes.append(tag("rect", class_=kind, rx="4", fill_opacity=f"{tint:.2f}", **box))
             words = f"{100 * value:.1f}" if percent else f"{value:.2f}"
+            words = f"+{words}" if signed and value > 0 else words.replace("-", "−")
             strong = "middle on" if tint > 0.62 else "middle"
             shapes.append(tag("text", words, x=number(x + wide / 2), y=number(y + tall / 2 + 4.5), class_=strong))
     return _svg(title, left + wide * len(columns) + 2, top + tall * len(rows) + 2, shapes)
@@ -168,7 +171,7 @@ def thumbnails(images: Mapping[str, Sequence[Sequence[float]]], *, title: str, s
                     side = {"width": number(pixel + 0.2), "height": number(pixel + 0.2)}
                     shapes.append(tag("rect", class_="ink", fill_opacity=f"{min(1.0, value):.2f}", **spot, **side))
         shapes.append(tag("text", name, x=number(left + size / 2), y=number(size + 22), class_="middle axis"))
-    return _svg(title, len(images) * (size + gap) - gap + 2, size + 30, shapes)
+    return _svg(title, len(images) * (size + gap) - gap + 2, size + 30, shapes, shrink=0.55)
 
 
 def _names(ends: Sequence[tuple[float, str, int]], x: float) -> list[Markup]:
@@ -197,7 +200,8 @@ def _tint(value: float, low: float, high: float) -> float:
     return 0.06 + 0.94 * max(0.0, min(1.0, share))
 
 
-def _svg(title: str, width: float, height: float, shapes: Sequence[Markup]) -> Markup:
+def _svg(title: str, width: float, height: float, shapes: Sequence[Markup], shrink: float = 0.8) -> Markup:
+    """`shrink`: down to which share of its width a drawing is made smaller before it scrolls."""
     box = f"0 0 {number(width)} {number(height)}"
-    size = f"width:{number(width)}px;min-width:{number(min(width, max(320, 0.8 * width)))}px"
+    size = f"width:{number(width)}px;min-width:{number(min(width, max(300, shrink * width)))}px"
     return tag("svg", tag("title", title), *shapes, viewBox=box, style=size, role="img", class_="chart")

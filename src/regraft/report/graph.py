@@ -11,19 +11,18 @@ from dataclasses import dataclass
 
 from regraft.report.markup import Markup, join, number, tag
 
-WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 190.0, 46.0, 90.0, 12.0, 2.0
+WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 236.0, 46.0, 64.0, 12.0, 2.0
 
 
 @dataclass(frozen=True)
 class Node:
-    """A model: `key` names it in edges; `label`, `detail` (method and options) and `mark` (digest) are shown; `kind` is
-    "base", "model" or "merge"."""
+    """A model: `key` names it in edges; `label` and `detail` (method, options, digest) are shown; `kind` is "base",
+    "model" or "merge"."""
 
     key: str
     label: str
     detail: str = ""
     kind: str = "model"
-    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def draw_graph(title: str, nodes: Sequence[Node], edges: Sequence[Edge]) -> Mark
     shapes = _lines(parents, places)
     shapes += [_box(node, *places[node.key]) for node in nodes]
     box = f"0 0 {number(width)} {number(height)}"
-    style = f"width:{number(width)}px;min-width:{number(0.85 * width)}px"
+    style = f"width:{number(width)}px;min-width:{number(0.8 * width)}px"
     return tag("svg", tag("title", title), *shapes, viewBox=box, style=style, role="img", class_="chart graph")
 
 
@@ -109,11 +108,11 @@ def _curve(start: tuple[float, float], end: tuple[float, float]) -> Markup:
 
 
 def _box(node: Node, x: float, y: float) -> Markup:
-    full = " · ".join(part for part in (node.label, node.detail, node.mark) if part)
+    full = " · ".join(part for part in (node.label, node.detail) if part)
     body = [
         tag("title", full),
         tag("rect", x=number(x), y=number(y), width=number(WIDTH), height=number(HEIGHT), rx="8", class_="box"),
-        tag("text", _short(node.label, 24), x=number(x + 12), y=number(y + 20), class_="label"),
+        tag("text", _short(node.label, 26), x=number(x + 12), y=number(y + 20), class_="label"),
         tag("text", _short(node.detail, 30), x=number(x + 12), y=number(y + 36), class_="small"),
     ]
     return tag("g", join(body), class_=f"node {node.kind}")

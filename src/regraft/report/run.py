@@ -97,19 +97,32 @@ def score_sections(title: str, evaluations: Sequence[Scored], kinds: Mapping[str
                 *(own.per_group[g].value if g in own.per_group else None for g in groups),
             ]
         )
-    caption = f"{first.n:,} {first.unit} per model; small print: 95 % interval. The best of each column is bold."
+    caption = f"{first.n:,} {first.unit} per model. Small print: 95 % interval, taking rows as independent. "
+    caption += "The best of each column is bold."
     table = Table(title, columns, rows, caption, [kinds.get(name, "model") for name in order])
     if not share:
         return [table]
     chart = bars([Bar(n, scores[n].value, scores[n].interval, kinds.get(n, "model")) for n in order])
-    parts: list[Section] = [table, Figure(f"{title}: mean", chart, "Share of right answers with its 95 % interval.")]
-    if len(groups) > 1:
-        values = [
-            [s.per_group[g].value if g in s.per_group else None for g in groups] for s in map(scores.get, order) if s
-        ]
-        drawing = heat_map(order, groups, values, title="Share of right answers by model and group", percent=True)
-        parts.append(Figure(f"{title}: by group", drawing, "Per cent of right answers; the darker, the more."))
+    parts: list[Section] = [table, Figure(f"{title}: overall", chart, "Share of right answers with its 95 % interval.")]
+    bases = [name for name in order if kinds.get(name) == "base"]
+    if len(bases) == 1 and len(order) > 1 and groups:
+        parts.append(_against_base(f"{title}: gain over {bases[0]}", bases[0], scores, order, groups))
     return parts
+
+
+def _against_base(
+    title: str, base: str, scores: Mapping[str, Score], order: Sequence[str], groups: Sequence[str]
+) -> Figure:
+    """Points by which each model differs from the base, by group."""
+    own = scores[base].per_group
+    rows = [name for name in order if name != base]
+    values = [
+        [scores[n].per_group[g].value - own[g].value if g in own and g in scores[n].per_group else None for g in groups]
+        for n in rows
+    ]
+    far = max((abs(v) for row in values for v in row if v is not None), default=0.0) or 1.0
+    drawing = heat_map(rows, groups, values, title=title, low=-far, high=far, percent=True, signed=True)
+    return Figure(title, drawing, f"Percentage points above (below) {base}: what was learnt, and what was forgotten.")
 
 
 def lineage_graph(lineages: Mapping[str, Lineage]) -> Graph:
@@ -119,19 +132,22 @@ def lineage_graph(lineages: Mapping[str, Lineage]) -> Graph:
     edges: dict[tuple[str, str], Edge] = {}
     for lineage in lineages.values():
         for record in sorted(lineage.inputs, key=lambda r: r.role != "base"):
-            mark = f"digest {record.digest[:10]}" if record.digest else ""
-            detail = record.ref if record.ref != record.name else ""
-            nodes.setdefault(record.name, Node(record.name, record.name, detail, kinds[record.name], mark))
+            detail = " · ".join(part for part in (record.ref, record.digest[:8]) if part)
+            nodes.setdefault(record.name, Node(record.name, record.name, detail, kinds[record.name]))
     for name, lineage in lineages.items():
-        detail = " · ".join([lineage.method, *brief_options(lineage)])
-        nodes[name] = Node(name, name, detail, "merge", f"key {lineage.key[:10]}")
+        told = [] if name.split("@")[0] == lineage.method else [lineage.method]
+        told += [option for option in brief_options(lineage) if option.replace(" ", "=") not in name]
+        nodes[name] = Node(name, name, " · ".join([*told, lineage.key[:8]]), "merge")
         base = next((r.name for r in lineage.inputs if r.role == "base"), None)
         models = [r.name for r in lineage.inputs if r.role != "base"]
         for model in models or ([base] if base else []):
             edges[model, name] = Edge(model, name)
             if base is not None and model != base and kinds[model] == "model":
                 edges[base, model] = Edge(base, model)
-    caption = "Lines run from what was read to what was made; fine-tunes are drawn behind the base they came from."
+    caption = (
+        "From what was read to what was made; fine-tunes stand behind the base that they came from. The last word "
+    )
+    caption += "in a box is the start of the model's digest or content key."
     legend = [pair for pair in KINDS if any(n.kind == pair[0] for n in nodes.values())]
     return Graph("Lineage", list(nodes.values()), list(edges.values()), caption, legend)
 

@@ -5,6 +5,7 @@ A section is anything with a `title` and an `html()`; later parts of regraft bri
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -92,9 +93,10 @@ class Table:
             ]
             first = bool(self.groups) and (index == 0 or self.groups[index] != self.groups[index - 1])
             body.append(tag("tr", *cells, class_="first" if first and index else None))
-        caption = tag("caption", self.caption or self.title)
+        caption = tag("caption", self.title, class_="hidden")
         table = tag("table", caption, tag("thead", head), tag("tbody", *body), class_="sortable")
-        return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=self.title)
+        box = tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=self.title)
+        return join([box, tag("p", self.caption, class_="caption") if self.caption else None])
 
     def _shades(self, rows: Sequence[Sequence[Cell]]) -> tuple[float, float]:
         values = [
@@ -172,7 +174,9 @@ def _heading(column: Column, right: bool) -> Markup:
 def _cell(cell: Cell, column: Column, name: bool, right: bool, best: str | None, low: float, high: float) -> Markup:
     text = format_value(cell.value, column)
     marked = best is not None and text == best
-    content = [tag("strong", text, tag("span", " (best)", class_="hidden")) if marked else text]
+    # A long name, such as that of a sweep's member, may be broken behind its signs.
+    shown = join(re.split(r"(?<=[@,/_])", text), tag("wbr")) if name else text
+    content = [tag("strong", text, tag("span", " (best)", class_="hidden")) if marked else shown]
     if cell.interval is not None:
         ends = [format_value(end, column) for end in cell.interval]
         content.append(tag("small", "–".join(ends)))

@@ -3,9 +3,13 @@
 Per tensor and model the share `gamma` of the entries with the largest magnitude is dropped as outliers, and so many of
 the smallest as noise that the share `density` is left; θ = θ₀ + λ Σ wᵢ δ̂ᵢ.
 
-Use it like task arithmetic when a few extreme changes dominate. Thresholds are exact order statistics; entries of
-exactly the threshold's magnitude are kept (mergekit keeps some of them). In a mergekit recipe `density` is 1 by default
-and `weight` must be given.
+Use it like task arithmetic when a few extreme changes dominate. If `density` leaves no room for `gamma`, fewer of the
+largest are dropped; none are in a tensor so small that `gamma` is less than one entry. Thresholds are exact order
+statistics, and entries of exactly the threshold's magnitude are kept.
+
+In a mergekit recipe `density` is 1 by default and `weight` must be given. Two things differ from mergekit: it keeps
+only some of the entries at the threshold, and it drops the whole change of a tensor of which no outlier is dropped
+(100 entries or fewer, at its default `gamma`), which is a slip that regraft does not repeat.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from regraft.errors import UserError
+from regraft.merge.consensus import added, changed
 from regraft.merge.rule import Chunk, Copy, Steps, Unit, rule
 from regraft.merge.statistics import Sum
 from regraft.methods import Options, Paper
@@ -74,8 +75,9 @@ def layer_swap(unit: Unit[LayerSwapOptions]) -> Steps:
 
     def combine(c: Chunk[LayerSwapOptions]) -> Tensor:
         if unit.options.match_magnitude:
-            return c.base + (c.deltas * c.per_model([(1 - share) * factors[0], share * factors[1]])).sum(0)
-        return c.models[_TASK] + share * (c.models[_LANGUAGE] - c.models[_TASK])
+            scaled = c.deltas * c.per_model([(1 - share) * factors[_TASK], share * factors[_LANGUAGE]])
+            return changed(c.base, added(scaled))
+        return changed(c.models[_TASK], share * (c.models[_LANGUAGE] - c.models[_TASK]))
 
     return combine
 

@@ -7,15 +7,19 @@ Use it for fine-tunes of one initialisation on one task with different hyper-par
 and for models along one lineage (base, continued pre-training, chat). It needs no base. Averages only make sense
 between models that stayed in one basin: runs from different random initialisations average to noise.
 
-The normalised average is computed as θ₁ + Σ ŵᵢ (θᵢ − θ₁), so that equal tensors come back bit for bit. A model with
-weight 0 is not read. In a mergekit recipe `weight` must be given, as there.
+Weights that add up to 1, by themselves or by normalisation, are applied as θ₁ + Σ ŵᵢ (θᵢ − θ₁), so that equal tensors
+come back bit for bit. A model with weight 0 has no say, even where it is not finite; if one model has all the weight,
+its tensors are copied and the others are not read. In a mergekit recipe `weight` must be given, as there; weights that
+add up to zero cannot be normalised and are used as they are, with a warning (mergekit divides by zero).
 """
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
+from regraft.merge.consensus import added, changed
 from regraft.merge.rule import REQUIRED, Chunk, Combine, Copy, PerModel, Unit, rule
 from regraft.methods import Options, Paper
 
@@ -50,11 +54,14 @@ def linear(unit: Unit[LinearOptions]) -> Combine | Copy:
     active = [i for i, w in enumerate(share) if w != 0]
     if len(active) == 1 and share[active[0]] == 1:
         return Copy(active[0])
+    anchored = bool(active) and (normalized or total == 1)
 
     def combine(c: Chunk[LinearOptions]) -> Tensor:
-        if not normalized:
-            return (c.models * c.per_model(share)).sum(0)
-        first = c.models[0]
-        return first + ((c.models[1:] - first) * c.per_model(share[1:])).sum(0)
+        if not active:
+            return torch.zeros_like(c.models[0])
+        first = c.models[active[0]]
+        if anchored:
+            return changed(first, added((c.models[i] - first) * share[i] for i in active[1:]))
+        return added(c.models[i] * share[i] for i in active)
 
     return combine

@@ -7,8 +7,9 @@ that point in different directions are averaged back towards the base. Use it fo
 task, instead of a soup of many. `filter_wise` takes the angle per row (last axis) of each tensor instead of per
 tensor.
 
-The paper gives the formula for equal pairwise angles; as in mergekit, unequal ones are averaged. A denominator that is
-not positive (mean cosine at or below −1/(N−1)) has no meaning: the base is kept, with a warning.
+The paper gives the formula for equal pairwise angles; as in mergekit, unequal ones are averaged, and products of two
+norms below 1e-6 count as 1e-6, so that tensors which hardly move stay near the base. A denominator that is not positive
+(mean cosine at or below −1/(N−1)) has no meaning: the base is kept, with a warning (mergekit extrapolates).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from regraft.merge.consensus import added, changed
 from regraft.merge.rule import Chunk, Steps, Unit, rule
 from regraft.merge.statistics import Gram, RowSums
 from regraft.methods import Options, Paper
@@ -62,6 +64,6 @@ def model_stock(unit: Unit[ModelStockOptions]) -> Steps:
         if len(steps) > 1:
             rows = torch.arange(c.start, c.start + c.models.shape[1]).div(width, rounding_mode="floor")
             steps = steps[rows]
-        return c.base + steps * c.deltas.mean(0)
+        return changed(c.base, added(c.deltas) / n * steps)
 
     return combine

@@ -25,6 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from regraft.merge.consensus import added, changed
 from regraft.merge.rule import Chunk, PerModel, Steps, Unit, rule
 from regraft.merge.statistics import MinMax, OrderStatistic, Statistic, Sum
 from regraft.methods import Options, Paper
@@ -76,11 +77,11 @@ def pcb(unit: Unit[PcbOptions]) -> Steps:
         # The factor exp(-n) is common to all entries of a task and drops out of the min-max below.
         intra = torch.exp(unit.n * (size.square() - 1))
         if o.inter == "sum":
-            return intra * torch.tanh(c.deltas * c.deltas.sum(0))
+            return intra * torch.tanh(c.deltas * added(c.deltas))
         signed = torch.sign(c.deltas) * size
         if o.inter == "normsum":
-            return intra * torch.tanh(c.deltas * signed.sum(0))
-        return intra * torch.stack([torch.tanh(signed * other) for other in signed]).sum(0)
+            return intra * torch.tanh(c.deltas * added(signed))
+        return intra * added(torch.tanh(signed * other) for other in signed)
 
     cut, top = yield from _survivors(unit, beta)
 
@@ -88,7 +89,7 @@ def pcb(unit: Unit[PcbOptions]) -> Steps:
         weights = _minmax(beta(c).clamp(min=cut), cut, top)
         weights[idle] = 0
         values = torch.sign(c.deltas) * clipped(c) * weights * c.per_model(c.options.lambda_)
-        return c.base + values.sum(0) / weights.sum(0).clamp(min=1e-12)
+        return changed(c.base, added(values) / added(weights).clamp(min=1e-12))
 
     return combine
 
@@ -96,13 +97,16 @@ def pcb(unit: Unit[PcbOptions]) -> Steps:
 def _paper(unit: Unit[PcbOptions]) -> Steps:
     """Algorithm 1: softmax over all entries, hard mask, mean weighted by the scores."""
     n, count = unit.n, unit.numel
+    pairs = [(i, j) for i in range(n) for j in range(i, n)]  # products, and so their softmax, are symmetric
+    first, second = ([pair[side] for pair in pairs] for side in (0, 1))
+    own = [pairs.index((i, i)) for i in range(n)]
+    rows_of = [[k for k, pair in enumerate(pairs) if i in pair] for i in range(n)]
 
     def products(c: Chunk[PcbOptions]) -> Tensor:
-        return (c.deltas.unsqueeze(1) * c.deltas).flatten(0, 1)  # row i n + j: δᵢ δⱼ
+        return c.deltas[first] * c.deltas[second]
 
     (extremes,) = yield [MinMax(products)]
     low, high = extremes[:, :1], extremes[:, 1:]
-    own = torch.arange(n) * (n + 1)
     idle = (high[own] == 0).squeeze(1)
     for i in idle.nonzero().flatten().tolist():
         unit.warn(f"model {i + 1} of pcb equals the base, and takes no part")
@@ -118,8 +122,8 @@ def _paper(unit: Unit[PcbOptions]) -> Steps:
 
     def beta(c: Chunk[PcbOptions]) -> Tensor:
         intra, inter = powers(c)
-        inter = (inter * inter_scale.to(inter.dtype)).view(n, n, -1).sum(1)
-        return intra * intra_scale.to(intra.dtype) * inter
+        inter = inter * inter_scale.to(inter.dtype)
+        return intra * intra_scale.to(intra.dtype) * torch.stack([added(inter[k] for k in rows) for rows in rows_of])
 
     cut, _ = yield from _survivors(unit, beta)
 
@@ -128,7 +132,7 @@ def _paper(unit: Unit[PcbOptions]) -> Steps:
         scores = scores * (scores >= cut)
         scores[idle] = 0
         values = c.deltas * scores * c.per_model(c.options.lambda_)
-        return c.base + values.sum(0) / scores.sum(0).clamp(min=1e-12)
+        return changed(c.base, added(values) / added(scores).clamp(min=1e-12))
 
     return combine
 

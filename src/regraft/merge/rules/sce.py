@@ -1,22 +1,23 @@
 """SCE: select entries that vary between models, weight models by the size of their change, erase minority signs.
 
 Per tensor: (1) keep the share `select_topk` of the entries with the largest variance over the models, counted
-among those that vary at all; (2) weight each model by its mean squared change, over all entries; (3) per entry keep
-the models that have the sign of the sum, and average them with these weights; add to the base.
+among those that vary at all; (2) weight each model by its mean squared change in what was kept; (3) per entry keep the
+models that have the sign of the sum, and average them with these weights; add to the base.
 
 Use it to fuse chat models that were trained from one base for different strengths (FuseChat 3.0). `select_topk` of 0.1
-to 0.5 is usual; 1 keeps all. Entries with exactly the variance of the threshold are all kept.
+to 0.5 is usual; 1 keeps all. Entries with exactly the variance of the threshold are all kept (mergekit keeps some of
+them). As in mergekit, models get equal weights where their mean squared changes add up to less than 1e-6, which is so
+in most tensors of lightly tuned language models; the lineage file has the weights of each tensor.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.consensus import agreement
+from regraft.merge.consensus import added, agreement, changed
 from regraft.merge.rule import Chunk, Steps, Unit, rule
 from regraft.merge.statistics import OrderStatistic, Sum
 from regraft.methods import Options, Paper
@@ -28,7 +29,10 @@ class SceOptions(Options):
 
 
 def _variance(c: Chunk[SceOptions]) -> Tensor:
-    return torch.var(c.deltas, dim=0, unbiased=False)
+    """Population variance over the models, (L,); exactly 0 where they are equal, as distances are to the first one."""
+    apart = c.deltas - c.deltas[0]
+    apart -= added(apart) / len(apart)
+    return added(apart.square_()) / len(apart)
 
 
 @rule(
@@ -61,6 +65,6 @@ def sce(unit: Unit[SceOptions]) -> Steps:
     def combine(c: Chunk[SceOptions]) -> Tensor:
         chosen = selected(c)
         share = agreement(chosen) * c.per_model(weights)
-        return c.base + (chosen * share).sum(0) / share.sum(0).clamp(min=1e-6)
+        return changed(c.base, added(chosen * share) / added(share).clamp(min=1e-6))
 
     return combine

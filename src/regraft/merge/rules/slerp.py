@@ -5,7 +5,8 @@
 
 Each tensor is flattened; the norms of a and b are kept, not equalised. If |cos θ| > 0.9995 the result is the linear
 interpolation (1−t) a + t b. Siblings that differ by less than about 3 % of their norm are always that close, so that
-slerp *is* linear there; the lineage file says for each tensor which branch ran.
+slerp *is* linear there; the lineage file says for each tensor which branch ran. A tensor of zeros has no direction and
+counts as perpendicular to the other, as in mergekit.
 
 Use it to blend two models along one lineage, such as a general chat model and its domain-tuned successor. `t` may be a
 gradient over depth and differ by tensor: the study on continued pre-training and merging in materials science
@@ -20,6 +21,7 @@ import math
 from pydantic import Field
 from torch import Tensor
 
+from regraft.merge.consensus import changed
 from regraft.merge.rule import REQUIRED, Chunk, Copy, Steps, Unit, rule
 from regraft.merge.statistics import Gram
 from regraft.methods import Options, Paper
@@ -70,7 +72,7 @@ def slerp(unit: Unit[SlerpOptions]) -> Steps:
     if linear:
         if cosine < 0:
             unit.warn(f"{unit.name} points in opposite directions in the two models, so that they cancel out")
-        return lambda c: c.models[0] + t * (c.models[1] - c.models[0])
+        return lambda c: changed(c.models[0], t * (c.models[1] - c.models[0]))
     angle = math.acos(max(-1.0, min(1.0, cosine)))
     first, second = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 

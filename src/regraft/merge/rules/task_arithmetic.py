@@ -15,7 +15,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.consensus import TaskVectorOptions, total
+from regraft.merge.consensus import TaskVectorOptions, added, changed, onto_base, total
 from regraft.merge.rule import REQUIRED, Chunk, Combine, Copy, Unit, rule
 from regraft.methods import Paper
 
@@ -46,12 +46,12 @@ def task_arithmetic(unit: Unit[TaskArithmeticOptions]) -> Combine | Copy:
     factors = [o.lambda_ * w for w in o.weight]
     whole = next((i for i, f in enumerate(factors) if f == 1), None)
     if o.normalize or whole is None:
-        return lambda c: c.base + o.lambda_ * total(c.deltas, c.per_model(o.weight), o.normalize)
+        return onto_base(lambda c: c.deltas, total)
     others = [f if i != whole else 0.0 for i, f in enumerate(factors)]
     if not any(others):
         return Copy(whole)
 
     def combine(c: Chunk[TaskArithmeticOptions]) -> Tensor:
-        return c.models[whole] + (c.deltas * c.per_model(others)).sum(0)
+        return changed(c.models[whole], added(d * f for d, f in zip(c.deltas, others, strict=True) if f))
 
     return combine

@@ -7,11 +7,12 @@
 Use it for several fine-tunes of one base on different tasks, where a plain sum interferes. The mean is over fewer terms
 than the sum of task arithmetic, so good values of λ lie near or above 1 (the paper's grid: 0.8 to 2.5).
 
-Departures. The threshold is the ⌊kd⌋-th largest magnitude and all that reach it are kept (the official code keeps one
-more). A sum of exactly zero elects "+" (official: the majority of all signs in the model). `weight`, which the paper
-does not have, multiplies before the election, as in mergekit: a weight can change the elected sign. In a mergekit
-recipe the trim is per tensor, `density` is 1 by default and `weight` must be given; where several entries of a tensor
-have exactly the magnitude of the threshold, mergekit keeps some of them and regraft all.
+Departures. The threshold is the ⌊kd⌋-th largest magnitude and all that reach it are kept, at least one entry (the
+official code keeps one more); the lineage file has the share that was. A sum of exactly zero elects "+" (official: the
+majority of all signs in the model). `weight`, which the paper does not have, multiplies before the election, as in
+mergekit: a weight can change the elected sign. In a mergekit recipe the trim is per tensor, `density` is 1 by default
+and `weight` must be given; where several entries of a tensor have exactly the magnitude of the threshold, mergekit
+keeps some of them and regraft all.
 """
 
 from __future__ import annotations
