@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -61,6 +62,15 @@ def test_version_names_torch_and_transformers(cli) -> None:
 )
 def test_wrong_usage_exits_with_2(cli, arguments: list[str]) -> None:
     assert cli(*arguments).exit_code == 2
+
+
+def test_a_terminal_without_unicode_is_no_error() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for arguments in (["ties"], ["ties", "--json"]):
+        command = [sys.executable, "-m", "regraft", "methods", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert "\N{GREEK SMALL LETTER LAMDA}" in json.loads(done.stdout)["description"]
 
 
 def test_module_runs_as_a_program() -> None:

@@ -315,7 +315,7 @@ def test_layer_swap_matches_magnitudes(tensors) -> None:
 
 
 def test_layer_swap_refuses_what_it_cannot_do(tensors) -> None:
-    base, models = tensors
+    _, models = tensors
     with pytest.raises(
         UserError, match=r"bottom 6 \+ top 2 \+ transitions 1 and 1 are more than the 8 layers"
     ) as error:

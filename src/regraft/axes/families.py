@@ -8,7 +8,7 @@ stands for one component, and the longest match counts. This is the only place o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class Family:
         tied: (alias, canonical) pairs of full names; they share one tensor where the configuration ties embeddings.
         always_tied: pairs that share one tensor whatever the configuration says.
         ties_by_default: what a missing `tie_word_embeddings` means.
+        tokens: the embedding of tokens, one row each.
+        positions: how the model knows positions: "rotary", "learned", "relative".
+        padded_positions: the table of learned positions has rows before the first one, up to the padding token's id.
     """
 
     stacks: Mapping[str, Stack]
@@ -55,7 +58,10 @@ class Family:
     buffers: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     always_tied: tuple[tuple[str, str], ...] = ()
-    ties_by_default: bool = field(default=False)
+    ties_by_default: bool = False
+    tokens: str = ""
+    positions: str = ""
+    padded_positions: bool = False
 
 
 _EMBEDDING = Outside("embedding", "before")
@@ -83,6 +89,8 @@ LLAMA = Family(
     prefixes=("model.", "transformer."),
     buffers=("rotary_emb.inv_freq", "self_attn.rotary_emb.inv_freq"),
     tied=(("lm_head.weight", "embed_tokens.weight"),),
+    tokens="embed_tokens.weight",
+    positions="rotary",
 )
 _LLAMA_TIED = replace(LLAMA, ties_by_default=True)
 
@@ -101,6 +109,8 @@ GPT2 = Family(
     buffers=("attn.bias", "attn.masked_bias", "crossattention.bias", "crossattention.masked_bias"),
     tied=(("lm_head.weight", "wte.weight"),),
     ties_by_default=True,
+    tokens="wte.weight",
+    positions="learned",
 )
 
 _BERT_LAYER = {
@@ -125,11 +135,14 @@ BERT = Family(
     buffers=("embeddings.position_ids", "embeddings.token_type_ids"),
     tied=(("cls.predictions.decoder.weight", _WORDS), ("cls.predictions.decoder.bias", "cls.predictions.bias")),
     ties_by_default=True,
+    tokens=_WORDS,
+    positions="learned",
 )
 ROBERTA = replace(
     BERT,
     prefixes=("roberta.",),
     tied=(("lm_head.decoder.weight", _WORDS), ("lm_head.decoder.bias", "lm_head.bias")),
+    padded_positions=True,
 )
 ELECTRA = replace(
     BERT,
@@ -160,6 +173,8 @@ DISTILBERT = Family(
     buffers=("embeddings.position_ids",),
     tied=(("vocab_projector.weight", _WORDS),),
     ties_by_default=True,
+    tokens=_WORDS,
+    positions="learned",
 )
 
 T5 = Family(
@@ -186,6 +201,8 @@ T5 = Family(
     tied=(("lm_head.weight", "shared.weight"),),
     always_tied=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")),
     ties_by_default=True,
+    tokens="shared.weight",
+    positions="relative",
 )
 
 VIT = Family(
@@ -208,6 +225,7 @@ VIT = Family(
         "layernorm_after": "norm",
     },
     prefixes=("vit.", "deit."),
+    positions="learned",
 )
 
 _CLIP_LAYER = {"self_attn": "attention", "mlp": "ffn", "layer_norm1": "norm", "layer_norm2": "norm"}
@@ -234,6 +252,8 @@ CLIP = Family(
     },
     inside=_CLIP_LAYER,
     buffers=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
+    tokens="text_model.embeddings.token_embedding.weight",
+    positions="learned",
 )
 CLIP_TEXT = Family(
     stacks={"": Stack(("encoder.layers",), "num_hidden_layers")},
@@ -241,11 +261,14 @@ CLIP_TEXT = Family(
     inside=_CLIP_LAYER,
     prefixes=("text_model.",),
     buffers=("embeddings.position_ids",),
+    tokens="embeddings.token_embedding.weight",
+    positions="learned",
 )
 CLIP_VISION = replace(
     CLIP_TEXT,
     outside={**_CLIP_VISION, "visual_projection": _AFTER, **_HEADS},
     prefixes=("vision_model.",),
+    tokens="",
 )
 
 # `model_type` of config.json -> table. Each of them is checked against a real model in tests/axes.

@@ -25,6 +25,8 @@ class Layout:
         stacks: name of each stack of layers -> how many layers the tensors have.
         tied: (alias, canonical) names of tensors that are one, because the configuration ties them.
         layer_count_key: stack -> the configuration's key of its number of layers (dotted if nested).
+        tokens: name of the embedding of tokens, as this checkpoint would spell it; "" if there is none or not known.
+        table: the family's table, None for a family without one.
     """
 
     def __init__(
@@ -35,9 +37,12 @@ class Layout:
         stacks: Mapping[str, int],
         tied: tuple[tuple[str, str], ...] = (),
         layer_count_key: Mapping[str, str] | None = None,
+        tokens: str = "",
+        table: Family | None = None,
     ) -> None:
         self.family, self.known, self.stacks, self.tied = family, known, dict(stacks), tied
         self.layer_count_key = dict(layer_count_key or {})
+        self.tokens, self.table = tokens, table
         self._scheme = scheme
         self._places: dict[str, Place] = {}
 
@@ -84,18 +89,18 @@ def layout(config: Mapping[str, Any], names: Collection[str]) -> Layout:
 
     Args:
         config: config.json; may be empty, then a table is taken that explains every name, if there is one.
-        names: the names of the stored tensors.
+        names: the names of the stored tensors; without any, only what the configuration says is known.
     """
     kind = str(config.get("model_type") or "")
     if kind in FAMILIES:
         scheme = _Table(FAMILIES[kind], names)
-        if scheme.stacks:
-            return Layout(kind, True, scheme, scheme.stacks, scheme.tied(config, names), scheme.count_keys)
+        if scheme.stacks or not names:
+            return scheme.layout(kind, names, scheme.tied(config, names))
     elif not kind:
         for family in FAMILIES.values():
             scheme = _Table(family, names)
             if scheme.stacks and all(_explained(scheme, name) for name in names):
-                return Layout("", True, scheme, scheme.stacks, (), scheme.count_keys)
+                return scheme.layout("", names, ())
     inferred = infer(config, names)
     return Layout(kind, False, inferred, inferred.stacks, (), inferred.count_keys)
 
@@ -122,6 +127,10 @@ class _Table:
                 self._prefix = next(p for p in self._prefixes if head.startswith(p))
         self.stacks = {stack: self.stacks[stack] for stack in family.stacks if stack in self.stacks}
         self.count_keys = {stack: family.stacks[stack].count for stack in self.stacks}
+
+    def layout(self, kind: str, names: Collection[str], tied: tuple[tuple[str, str], ...]) -> Layout:
+        tokens = self._full(self._family.tokens, names) if self._family.tokens else ""
+        return Layout(kind, True, self, self.stacks, tied, self.count_keys, tokens, self._family)
 
     def split(self, name: str) -> tuple[str, str, int, str] | None:
         for prefix, bare in self._bare(name):

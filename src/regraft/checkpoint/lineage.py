@@ -190,7 +190,15 @@ class Lineage(_Record):
 
 
 def peak_memory() -> int:
-    """Most resident memory that this process has had since it began, in bytes."""
+    """Most resident memory that this process has had since it began, in bytes.
+
+    Linux counts what a process had before it became this program into its resource usage, but not into VmHWM.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(errors="replace"), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

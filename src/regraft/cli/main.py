@@ -6,6 +6,8 @@ shell completion answer at once.
 
 from __future__ import annotations
 
+import io
+import sys
 from importlib import metadata
 from typing import Annotated
 
@@ -61,4 +63,7 @@ def _regraft(
 
 def main() -> None:
     """The entry point of the command `regraft`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
     app(prog_name="regraft")

@@ -61,7 +61,8 @@ class Terminal:
 
     def json(self, data: Any) -> None:
         """Print a result for a script."""
-        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=not unicode) + "\n")
 
     def line(self, text: str) -> None:
         """A remark, unless --quiet."""

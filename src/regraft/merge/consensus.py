@@ -46,11 +46,14 @@ def changed(base: Tensor, change: Tensor) -> Tensor:
     return torch.where(change == 0, base, base + change)
 
 
-def agreement(deltas: Tensor) -> Tensor:
-    """Bool (n, L): entries that have the sign of their column's sum. A sum of exactly zero counts as positive; entries
-    that are zero agree with no sign (TIES, arXiv:2306.01708, elects by total magnitude)."""
-    positive = added(deltas) >= 0
-    return torch.where(positive, deltas > 0, deltas < 0)
+def winners(deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """Magnitudes (n, L) of the entries that have the sign of their column's sum, 0 for the others, and that sign (L,).
+
+    A sum of exactly zero counts as positive (TIES, arXiv:2306.01708, elects by total magnitude).
+    """
+    balance = added(deltas).add_(0.0)  # -0.0 becomes 0.0
+    sign = torch.copysign(torch.ones_like(balance), balance)
+    return (deltas * sign).clamp_(min=0), sign
 
 
 def total(deltas: Tensor, weights: Tensor, normalize: bool) -> Tensor:
@@ -64,11 +67,10 @@ def total(deltas: Tensor, weights: Tensor, normalize: bool) -> Tensor:
 
 def elected(deltas: Tensor, weights: Tensor, normalize: bool) -> Tensor:
     """Weighted sum of the entries whose weighted sign won, (L,); their weighted mean if `normalize`."""
-    weighted = deltas * weights
-    agree = agreement(weighted)
-    merged = added(weighted * agree)
+    sizes, sign = winners(deltas * weights)
+    merged = added(sizes) * sign
     if normalize:
-        divisor = added(agree * weights)
+        divisor = added(torch.sign(sizes) * weights)
         merged = merged / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
     return merged
 

@@ -26,7 +26,8 @@ from regraft.merge.rule import Chunk, Copy, Rule, Steps, TensorInfo, Unit
 from regraft.merge.statistics import Statistic
 from regraft.methods import Options
 
-DEFAULT_CHUNK = 1 << 18
+# Elements; a chunk of a few models then stays in the processor cache, and below the sizes that malloc maps anew.
+DEFAULT_CHUNK = 1 << 16
 # Tensors of chunk length that a rule holds at its peak, per model row (measured over the rules; used for estimates).
 _ROWS_PER_MODEL = 5
 

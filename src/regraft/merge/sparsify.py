@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from regraft.merge.random import keep_mask
 from regraft.merge.rule import Chunk, Unit
@@ -37,9 +38,10 @@ def largest(unit: Unit[Any], densities: Sequence[float]) -> Stage:
     (found,) = yield [sizes]
     # Magnitudes of bf16 models lie on a grid, so that many may be equal to the threshold.
     unit.note(thresholds=found[:, 0].tolist(), kept=_shares(count - sizes.below[:, 0], count))
+    least = found[:, 0].tolist()
 
     def sparse(c: Chunk[Any]) -> Tensor:
-        return c.deltas * (c.deltas.abs() >= found)
+        return reaching(c.deltas, least)
 
     return sparse
 
@@ -62,13 +64,25 @@ def middle(unit: Unit[Any], densities: Sequence[float], gammas: Sequence[float])
     sizes = OrderStatistic(lambda c: c.deltas.abs(), ranks=ranks)
     (found,) = yield [sizes]
     unit.note(thresholds=found.tolist(), kept=_shares((sizes.upto[:, 1] - sizes.below[:, 0]).clamp(min=0), count))
-    low, high = found[:, :1], found[:, 1:]
+    low, high = found.T.tolist()
 
     def sparse(c: Chunk[Any]) -> Tensor:
-        size = c.deltas.abs()
-        return c.deltas * ((size >= low) & (size <= high))
+        out = reaching(c.deltas, low)
+        for row, limit in zip(out, high, strict=True):
+            row -= hardshrink(row, limit)
+        return out
 
     return sparse
+
+
+def reaching(deltas: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Entries (n, L) whose magnitude is at least the threshold of their row, 0 elsewhere; values of `deltas.dtype`."""
+    out = torch.empty_like(deltas)
+    for row, target, threshold in zip(deltas, out, thresholds, strict=True):
+        # hardshrink, several times faster than a mask, drops up to its limit: the next smaller number of this dtype.
+        limit = torch.nextafter(torch.tensor(threshold, dtype=deltas.dtype), torch.tensor(-1.0, dtype=deltas.dtype))
+        target.copy_(hardshrink(row, float(limit)))
+    return out
 
 
 def drawn(unit: Unit[Any], densities: Sequence[float], seed: int) -> Sparse:

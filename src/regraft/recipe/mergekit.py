@@ -40,7 +40,6 @@ _NEAREST = {
     "nuslerp": ("slerp",),
     "multislerp": ("slerp", "linear"),
     "karcher": ("slerp", "linear"),
-    "nearswap": ("slerp", "linear"),
     "della": ("dare_ties", "ties"),
     "della_linear": ("dare_linear", "task_arithmetic"),
     "breadcrumbs_ties": ("breadcrumbs", "ties"),

@@ -153,18 +153,17 @@ def lineage_graph(lineages: Mapping[str, Lineage]) -> Graph:
 
 
 def lineage_table(lineages: Mapping[str, Lineage]) -> Table:
-    """The same in words, with content keys, time and memory."""
-    columns = [Column("model"), Column("method"), Column("options"), Column("made from"), Column("content key")]
-    columns += [Column("seconds", digits=2), Column("peak MB", digits=0)]
+    """The same in words, with options, content keys and times."""
+    columns = [Column("model"), Column("method"), Column("made from"), Column("content key")]
+    columns.append(Column("seconds", digits=2))
     rows: list[list[Cell | float | str | None]] = []
     for name, lineage in lineages.items():
         base = [r.name for r in lineage.inputs if r.role == "base"]
         models = ", ".join(r.name for r in lineage.inputs if r.role != "base")
         made_from = Cell(models, note=f"base: {base[0]}" if base else "")
-        peak = lineage.peak_memory_bytes / 1e6 if lineage.peak_memory_bytes else None
-        options = ", ".join(brief_options(lineage)) or "defaults"
-        rows.append([name, lineage.method, options, made_from, lineage.key[:12], lineage.wall_seconds, peak])
-    caption = "Equal content keys mean equal weights. Peak memory is that of the whole process so far."
+        how = Cell(lineage.method, note=", ".join(brief_options(lineage)))
+        rows.append([name, how, made_from, lineage.key[:12], lineage.wall_seconds])
+    caption = "Options are named where they differ from the defaults. Equal content keys mean equal weights."
     return Table("How each model was made", columns, rows, caption)
 
 

@@ -57,6 +57,10 @@ def model_stock(unit: Unit[ModelStockOptions]) -> Steps:
     t = torch.where(below > 1e-6, n * cosine / below.clamp(min=1e-6), torch.zeros_like(cosine))
     if bool((below <= 1e-6).any()):
         unit.warn(f"the models pull {unit.name} in opposite directions; model_stock keeps the base there")
+    if bool((t < 0).any()):
+        unit.warn(
+            "the models point away from one another in some tensors; model_stock moves against them there (t < 0)"
+        )
     unit.note(t=float(t.mean()), cosine=float(cosine.mean()))
 
     def combine(c: Chunk[ModelStockOptions]) -> Tensor:

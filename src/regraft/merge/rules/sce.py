@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.consensus import added, agreement, changed
+from regraft.merge.consensus import added, changed, winners
 from regraft.merge.rule import Chunk, Steps, Unit, rule
 from regraft.merge.statistics import OrderStatistic, Sum
 from regraft.methods import Options, Paper
@@ -63,8 +64,8 @@ def sce(unit: Unit[SceOptions]) -> Steps:
     unit.note(weights=weights)
 
     def combine(c: Chunk[SceOptions]) -> Tensor:
-        chosen = selected(c)
-        share = agreement(chosen) * c.per_model(weights)
-        return changed(c.base, added(chosen * share) / added(share).clamp(min=1e-6))
+        sizes, sign = winners(selected(c))
+        share = torch.sign(sizes) * c.per_model(weights)
+        return changed(c.base, added(sizes * share) * sign / added(share).clamp(min=1e-6))
 
     return combine

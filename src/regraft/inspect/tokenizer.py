@@ -1,0 +1,126 @@
+"""What the tokenizer files of a model say, and a hash of what decides how text becomes numbers.
+
+The hash covers vocabulary, merges, normalisation and added tokens. It does not depend on the order of keys, on spacing,
+on the two spellings of merges, or on truncation and padding, which programs set when they run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regraft.checkpoint import Checkpoint, read_json
+from regraft.errors import UserError
+
+_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+# Without tokenizer.json: the files that hold the vocabulary, in this order.
+_OTHER_FILES = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """A tokenizer, as far as its files tell.
+
+    Attributes:
+        kind: "BPE", "WordPiece", "Unigram", "WordLevel"; None if there is no tokenizer.json.
+        size: tokens with the added ones; None if not known.
+        special: role ("bos", "pad", ...) -> token; "extra" ones are in `added`.
+        added: tokens beside the vocabulary, in order of their numbers.
+        chat_template: whether there is one.
+        hash: of all that decides the numbers, 16 hexadecimal digits.
+        vocabulary_hash: of vocabulary and merges alone.
+        remarks: files that could not be read.
+    """
+
+    kind: str | None
+    size: int | None
+    special: Mapping[str, str]
+    added: tuple[str, ...]
+    chat_template: bool
+    hash: str | None
+    vocabulary_hash: str | None
+    remarks: tuple[str, ...] = ()
+
+
+def tokenizer(checkpoint: Checkpoint) -> TokenizerFacts | None:
+    """The tokenizer in a model's folder; None if there are no files of one."""
+    files = checkpoint.files
+    present = [name for name in _OTHER_FILES if name in files]
+    remarks: list[str] = []
+    settings = _read(files.get("tokenizer_config.json"), remarks)
+    if "tokenizer.json" not in files and not present:
+        return None
+    special = _special(settings, _read(files.get("special_tokens_map.json"), remarks))
+    template = "chat_template.jinja" in files or "chat_template.json" in files or bool(settings.get("chat_template"))
+    content = _read(files.get("tokenizer.json"), remarks)
+    model = content.get("model")
+    if isinstance(model, Mapping):
+        return _fast(content, model, special, template, remarks)
+    if "tokenizer.json" in files:
+        remarks.append("tokenizer.json holds no model")
+        return TokenizerFacts(None, None, special, (), template, None, None, tuple(remarks))
+    sha = hashlib.sha256()
+    for name in present:
+        sha.update(name.encode() + b"\n" + files[name].read_bytes())
+    digest = sha.hexdigest()[:16]
+    return TokenizerFacts(None, None, special, (), template, digest, digest, tuple(remarks))
+
+
+def _fast(
+    content: Mapping[str, Any], model: Mapping[str, Any], special: Mapping[str, str], template: bool, remarks: list[str]
+) -> TokenizerFacts:
+    entries = [e for e in content.get("added_tokens") or [] if isinstance(e, Mapping) and isinstance(e.get("id"), int)]
+    entries.sort(key=lambda e: int(e["id"]))
+    own = dict(model)
+    if isinstance(own.get("merges"), list):
+        own["merges"] = [m if isinstance(m, str) else " ".join(map(str, m)) for m in own["merges"]]
+    vocabulary = own.get("vocab")
+    ids: set[int] = set()
+    if isinstance(vocabulary, Mapping):
+        ids = {i for i in vocabulary.values() if isinstance(i, int)}
+    elif isinstance(vocabulary, list):
+        ids = set(range(len(vocabulary)))
+    whole = {"model": own, "added": entries, **{step: content.get(step) for step in _STEPS}}
+    kind = model.get("type")
+    return TokenizerFacts(
+        kind=kind if isinstance(kind, str) else None,
+        size=len(ids | {int(e["id"]) for e in entries}) if ids else None,
+        special=special,
+        added=tuple(str(e.get("content")) for e in entries if int(e["id"]) not in ids),
+        chat_template=template,
+        hash=_digest(whole),
+        vocabulary_hash=_digest([vocabulary, own.get("merges")]),
+        remarks=tuple(remarks),
+    )
+
+
+def _special(*sources: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for source in sources:
+        for role in _ROLES:
+            token = source.get(f"{role}_token")
+            text = token.get("content") if isinstance(token, Mapping) else token
+            if isinstance(text, str):
+                found.setdefault(role, text)
+    return found
+
+
+def _read(path: Path | None, remarks: list[str]) -> Mapping[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content: Mapping[str, Any] = read_json(path)
+    except UserError as error:
+        remarks.append(error.what)
+        return {}
+    return content
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
