@@ -39,32 +39,33 @@ from regraft.report.run import run_sections
 
 HERE = Path(__file__).parent
 CONSOLE = Console()
-TOKENS, BATCH, TEMPERATURE, HELD_OUT = 24, 16, 0.05, 100
+TOKENS, BATCH, TEMPERATURE = 24, 16, 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo/minilm"), help="folder for everything that is made")
     parser.add_argument("--steps", type=int, default=25, help="training steps of the fine-tune")
+    parser.add_argument("--held-out", type=int, default=100, help="pairs of documentation that scores are taken on")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # predictable on a busy machine, where more threads wait for one another
     transformers.utils.logging.disable_progress_bar()
     try:
-        demo(options.out, options.steps, options.seed)
+        demo(options.out, options.steps, options.held_out, options.seed)
     except UserError as error:
         CONSOLE.print(f"{error.code}: {error}", markup=False)
         return 2
     return 0
 
 
-def demo(out: Path, steps: int, seed: int) -> None:
+def demo(out: Path, steps: int, held_out: int, seed: int) -> None:
     started = time.monotonic()
-    pairs = read_pairs(HELD_OUT + steps * BATCH, seed)
+    pairs = read_pairs(held_out + steps * BATCH, seed)
     published = link_published(out / "models" / "published")
-    fine_tune(published, out / "models" / "docstrings", pairs[HELD_OUT:], steps, seed)
+    fine_tune(published, out / "models" / "docstrings", pairs[held_out:], steps, seed)
     trained = time.monotonic()
-    write_data(out / "data" / "pairs.jsonl", pairs[:HELD_OUT])
+    write_data(out / "data" / "pairs.jsonl", pairs[:held_out])
     recipe = Path(shutil.copy(HERE / "recipe.yaml", out / "recipe.yaml"))
     result = run(load_recipe(recipe), out / "merges")
     print_table(result.evaluations)

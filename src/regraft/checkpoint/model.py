@@ -217,9 +217,7 @@ def _fetched(ref: Ref, relative_to: Path | None, offline: bool) -> tuple[Path, s
     try:
         return fetch(ref.model, ref.revision, offline=offline)
     except UserError as error:
-        hint = near(path)
-        if not hint:
-            raise
+        hint = near(path) or f"if a folder is meant, there is none called {ref.model!r} here"
         raise UserError(error.code, error.what, where=error.where, fix=f"{error.fix}; {hint}") from None
 
 

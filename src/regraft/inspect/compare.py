@@ -28,9 +28,11 @@ from regraft.inspect.obstacles import (
     of_layers,
     of_origin,
     of_tensors,
+    of_values,
     of_vocabulary,
     tokenizers,
 )
+from regraft.inspect.scan import Scan
 
 __all__ = ["Comparison", "Difference", "Operation", "Pair", "Row", "compare", "config_differences"]
 
@@ -109,10 +111,11 @@ class Comparison:
         return found
 
 
-def compare(checkpoints: Sequence[Checkpoint], base: Checkpoint | None = None) -> Comparison:
+def compare(checkpoints: Sequence[Checkpoint], base: Checkpoint | None = None, *, stats: bool = False) -> Comparison:
     """Compare two or more models, and judge the operations that could combine them.
 
-    Weights are read on a sample; only pairs whose sample is identical are read to the end.
+    Weights are read on a sample; only pairs whose sample is identical are read to the end. With `stats`, everything
+    is read, and values that are not finite count as an obstacle.
 
     Raises:
         UserError: RG305 for fewer than two models, and what reading raises.
@@ -120,11 +123,11 @@ def compare(checkpoints: Sequence[Checkpoint], base: Checkpoint | None = None) -
     if len(checkpoints) < 2:
         raise UserError("RG305", "there is nothing to compare with", fix="name two or more models")
     names = _names([*checkpoints, *([base] if base is not None else [])])
-    found = [facts(one) for one in checkpoints]
+    found = [facts(one, stats=stats) for one in checkpoints]
     models = [_model(name, one, f) for name, one, f in zip(names, checkpoints, found, strict=False)]
     root = _model(names[-1], base, facts(base)) if base is not None else None
     pairs = [_pair(models, i, j) for i, j in combinations(range(len(models)), 2)]
-    judge = _Judge(models, root, pairs)
+    judge = _Judge(models, root, pairs, [one.scan for one in found])
     return Comparison(
         models=[one.ref for one in checkpoints],
         base=base.ref if base is not None else None,
@@ -211,9 +214,10 @@ def _families(n: int, pairs: Sequence[Pair]) -> list[list[int]]:
 class _Judge:
     """Looks for the first obstacle to each operation."""
 
-    def __init__(self, models: Sequence[Model], base: Model | None, pairs: Sequence[Pair]) -> None:
-        self._models, self._base = models, base
-        self._pairs = pairs
+    def __init__(
+        self, models: Sequence[Model], base: Model | None, pairs: Sequence[Pair], scans: Sequence[Scan | None]
+    ) -> None:
+        self._models, self._base, self._pairs, self._scans = models, base, pairs, scans
         self._to_base = [_pair([base, m], 0, 1) for m in models] if base is not None else []
 
     def verdict(self, name: str) -> Operation:
@@ -232,6 +236,8 @@ class _Judge:
             yield from self._unknown_layers(single=name == "passthrough")
         for pair in self._pairs:
             yield from self._between(name, self._models[pair.a], self._models[pair.b], pair)
+        for model, scan in zip(self._models, self._scans, strict=True):
+            yield from of_values(model, scan)
         if name not in _WITH_BASE:
             return
         if self._base is None:
@@ -258,10 +264,17 @@ class _Judge:
         yield from depth
         yield from of_layers(a, b) if stacked else of_tensors(a, b)
         yield from of_vocabulary(a, b)
-        per_layer = {key.rpartition(".")[2] for key in a.layout.layer_count_key.values()} | {"layer_types"}
-        ignore = frozenset(per_layer) if stacked else frozenset()
-        yield from of_config(a, b, pair.config, ignore=ignore)
+        yield from of_config(a, b, pair.config, ignore=_outside_keys(a, b) if stacked else frozenset())
         yield from of_origin(a, b, pair.distance)
+
+
+def _outside_keys(a: Model, b: Model) -> frozenset[str]:
+    """Keys that say nothing about a single layer, and may differ between models whose layers are stacked."""
+    keys = {key.rpartition(".")[2] for key in a.layout.layer_count_key.values()} | {"layer_types"}
+    mine, theirs = a.find(a.layout.tokens), b.find(b.layout.tokens)
+    if mine is not None and theirs is not None and mine.shape[0] != theirs.shape[0]:
+        keys.add("vocab_size")  # each goes with its own embedding; where those agree, one of the two is wrong
+    return frozenset(keys)
 
 
 _WHY: Mapping[str, str] = {

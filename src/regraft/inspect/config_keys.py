@@ -82,7 +82,7 @@ def _matters(key: str, mine: Any, theirs: Any, a: Mapping[str, Any], b: Mapping[
     if key.startswith(("summary_", "unsloth_")):
         return False
     if key in _LABELS:
-        return not (_has_no_labels(a) and _has_no_labels(b))
+        return not (_has_no_labels(a) or _has_no_labels(b))
     if key == "max_position_embeddings" and _rotary(a) and _rotary(b):
         return bool({_rope_type(a), _rope_type(b)} & _POSITION_COUNT_COMPUTES)
     return True

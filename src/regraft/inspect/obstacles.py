@@ -14,6 +14,7 @@ from regraft.axes import Layout
 from regraft.checkpoint import Checkpoint, TensorSource
 from regraft.inspect.config_keys import Difference
 from regraft.inspect.distance import Distance
+from regraft.inspect.scan import Scan
 from regraft.inspect.tokenizer import TokenizerFacts
 
 _LABELS = ("id2label", "label2id", "problem_type")
@@ -45,7 +46,10 @@ class Model:
 
 
 def tokenizers(a: TokenizerFacts | None, b: TokenizerFacts | None) -> str:
-    """How two tokenizers relate: "same", "other special tokens", "other added tokens", "different", "none", "unknown"."""
+    """How two tokenizers relate; "other added tokens" have the vocabulary in common, "none" is for models without.
+
+    One of "same", "other special tokens", "other added tokens", "different", "none", "unknown".
+    """
     if a is None and b is None:
         return "none"
     if a is None or b is None or a.hash is None or b.hash is None:
@@ -138,6 +142,14 @@ def of_origin(a: Model, b: Model, distance: Distance) -> Iterator[Obstacle]:
     if distance.verdict == "unrelated":
         reason = f"{b.name} is {distance.sentence()} from {a.name}"
         yield Obstacle("RG205", reason, "choose fine-tunes of one base")
+
+
+def of_values(model: Model, scan: Scan | None) -> Iterator[Obstacle]:
+    """Values that are not finite, where all were read."""
+    if scan is not None and scan.damaged:
+        name, count = next(iter(scan.damaged.items()))
+        reason = f"{name} of {model.name} holds {count} values that are NaN or infinite"
+        yield Obstacle("RG206", reason, "repair that model, or merge with --allow-nan")
 
 
 def of_layers(a: Model, b: Model) -> Iterator[Obstacle]:
