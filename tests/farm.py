@@ -8,63 +8,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as tokenizer_models
 
 import models
-
-VOCAB = models.VOCAB
-WIDTH = 32
-SILENT = ("licence", "languages", "training data", "base model", "task", "evaluation results")
-
-
-@dataclass
-class Entry:
-    """One folder: `truth` maps dotted facts to values, `parent` is the entry that it was fine-tuned from."""
-
-    path: Path
-    truth: dict[str, Any] = field(default_factory=dict)
-    parent: str = ""
-
-
-Farm = dict[str, Entry]
-
-
-def write_tokenizer(folder: Path, seed: int = 0, size: int = VOCAB, added: tuple[str, ...] = ()) -> None:
-    """A word-level tokenizer of `size` tokens beside the `added` ones; another seed gives another order of words."""
-    words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *(f"w{(i * 7 + seed * 13) % (size - 4)}" for i in range(size - 4))]
-    words = list(dict.fromkeys([*words, *(f"x{i}" for i in range(size))]))[:size]
-    raw = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.add_special_tokens(list(added))
-    fast = hf.PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]"
-    )
-    fast.save_pretrained(folder)
-
-
-def write_card(folder: Path, front: str | None, body: str = "A model.\n") -> None:
-    head = f"---\n{front.strip()}\n---\n" if front is not None else ""
-    (folder / "README.md").write_text(f"{head}# Model\n\n{body}", encoding="utf-8")
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+from farm_tools import (
+    SILENT,
+    VOCAB,
+    WIDTH,
+    Entry,
+    Farm,
+    edit_config,
+    edit_weights,
+    save,
+    stack,
+    truth_of,
+    write_card,
+    write_tokenizer,
+)
 
 
 def make_farm(root: Path) -> Farm:
@@ -77,35 +43,8 @@ def make_farm(root: Path) -> Farm:
     return farm
 
 
-def _truth_of(model: hf.PreTrainedModel, **more: Any) -> dict[str, Any]:
-    """What transformers knows of its own object."""
-    return {
-        "kind": "model",
-        "architecture.classes": (type(model).__name__,),
-        "architecture.model_type": model.config.model_type,
-        "architecture.known": True,
-        "architecture.configured_vocabulary": getattr(model.config, "vocab_size", None),
-        "size.parameters": model.num_parameters(),
-        "size.dtypes": {"F32": model.num_parameters()},
-        "scan.nan": 0,
-        "scan.inf": 0,
-        "adapter": None,
-        "contradictions": [],
-    } | more
-
-
-def _stack(i: int, **values: Any) -> dict[str, Any]:
-    full = {"name": "", "layers": 2, "hidden": WIDTH, "heads": 4, "kv_heads": 4, "head_dim": 8, "ffn": 64} | values
-    return {f"architecture.stacks.{i}.{key}": value for key, value in full.items()}
-
-
-def _save(model: hf.PreTrainedModel, folder: Path, **settings: Any) -> Path:
-    model.save_pretrained(folder, **settings)
-    return folder
-
-
 _LLAMA_TRUTH = {
-    **_stack(0, kv_heads=2),
+    **stack(0, kv_heads=2),
     "architecture.vocabulary": VOCAB,
     "architecture.context": 64,
     "architecture.positions.kind": "rotary",
@@ -128,9 +67,9 @@ _NO_CARD = {"card.licences": (), "card.languages": (), "card.base_models": (), "
 
 def _llamas(farm: Farm, root: Path) -> None:
     base = models.model("llama")
-    truth = _truth_of(base) | _LLAMA_TRUTH
+    truth = truth_of(base) | _LLAMA_TRUTH
     front = "license: apache-2.0\nlanguage: [en, de]\ndatasets: [farm/words]\npipeline_tag: text-generation"
-    folder = _save(base, root / "llama-base")
+    folder = save(base, root / "llama-base")
     write_tokenizer(folder)
     write_card(folder, front, "A context length of 64 tokens.\n")
     stated = {
@@ -177,7 +116,7 @@ def _llamas(farm: Farm, root: Path) -> None:
         },
         "llama-base",
     )
-    stranger = _save(models.model("llama", seed=9), root / "llama-stranger")
+    stranger = save(models.model("llama", seed=9), root / "llama-stranger")
     write_tokenizer(stranger)
     farm["llama-stranger"] = Entry(stranger, truth | _NO_CARD)
 
@@ -207,7 +146,7 @@ def _llamas(farm: Farm, root: Path) -> None:
     folder = tuned("llama-sharded", 8)
     loaded = hf.LlamaForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
-    _save(loaded, folder, max_shard_size="40KB")
+    save(loaded, folder, max_shard_size="40KB")
     assert (folder / "model.safetensors.index.json").is_file()
 
     folder = tuned("llama-pickle", 10)
@@ -238,10 +177,10 @@ def _llamas(farm: Farm, root: Path) -> None:
 
     tied = models.model("llama", tie_word_embeddings=True)
     tied.load_state_dict({n: t for n, t in base.state_dict().items() if n != "lm_head.weight"}, strict=False)
-    folder = _save(tied, root / "llama-tied")
+    folder = save(tied, root / "llama-tied")
     write_tokenizer(folder)
     own = {"architecture.tied": True, "size.head": 0, "size.tensors": 20}
-    farm["llama-tied"] = Entry(folder, truth | _NO_CARD | _truth_of(tied) | own, "llama-base")
+    farm["llama-tied"] = Entry(folder, truth | _NO_CARD | truth_of(tied) | own, "llama-base")
 
     deep = models.model("llama", num_hidden_layers=4)
     twice = {n: t for n, t in base.state_dict().items() if ".layers." not in n}
@@ -253,14 +192,14 @@ def _llamas(farm: Farm, root: Path) -> None:
             if n.startswith(prefix)
         }
     deep.load_state_dict(twice)
-    folder = _save(deep, root / "llama-deep")
+    folder = save(deep, root / "llama-deep")
     write_tokenizer(folder)
-    shape = {**_stack(0, kv_heads=2, layers=4), "size.tensors": 39}
-    farm["llama-deep"] = Entry(folder, truth | _NO_CARD | _truth_of(deep) | shape)
+    shape = {**stack(0, kv_heads=2, layers=4), "size.tensors": 39}
+    farm["llama-deep"] = Entry(folder, truth | _NO_CARD | truth_of(deep) | shape)
 
     grown = hf.LlamaForCausalLM.from_pretrained(farm["llama-base"].path)
     grown.resize_token_embeddings(VOCAB + 1, mean_resizing=False)
-    folder = _save(grown, root / "llama-added-token")
+    folder = save(grown, root / "llama-added-token")
     write_tokenizer(folder, added=("<tool>",))
     rows = {
         "size.embeddings": (VOCAB + 1) * WIDTH,
@@ -268,14 +207,14 @@ def _llamas(farm: Farm, root: Path) -> None:
         "architecture.vocabulary": VOCAB + 1,
     }
     tokens = {"tokenizer.size": VOCAB + 1, "tokenizer.added": ("<tool>",)}
-    farm["llama-added-token"] = Entry(folder, truth | _NO_CARD | _truth_of(grown) | rows | tokens, "llama-base")
+    farm["llama-added-token"] = Entry(folder, truth | _NO_CARD | truth_of(grown) | rows | tokens, "llama-base")
 
 
 def _berts(farm: Farm, root: Path) -> None:
     torch.manual_seed(1)
     base = hf.BertModel(models.config("bert"))
     shared = {
-        **_stack(0),
+        **stack(0),
         "architecture.vocabulary": VOCAB,
         "architecture.context": 64,
         "architecture.positions.kind": "learned",
@@ -283,7 +222,7 @@ def _berts(farm: Farm, root: Path) -> None:
         "size.embeddings": (VOCAB + 64 + 2) * WIDTH,
     }
     farm["bert-base"] = Entry(
-        _save(base, root / "bert-base"), _truth_of(base) | shared | {"architecture.head": "none", "size.head": 0}
+        save(base, root / "bert-base"), truth_of(base) | shared | {"architecture.head": "none", "size.head": 0}
     )
     labels = {0: "bad", 1: "good", 2: "neither"}
     swapped = {0: "good", 1: "bad", 2: "neither"}
@@ -295,7 +234,7 @@ def _berts(farm: Farm, root: Path) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.0005 * torch.randn(parameter.shape, generator=generator)
-        folder = _save(model, root / name)
+        folder = save(model, root / name)
         write_card(folder, "license: cc-by-nc-4.0\nlanguage: en" if name == "bert-labels" else "licence: [", "No.\n")
         truth = {
             "architecture.head": "sequence classification",
@@ -306,7 +245,7 @@ def _berts(farm: Farm, root: Path) -> None:
             "card.languages": ("en",) if name == "bert-labels" else (),
             "card.remark": None if name == "bert-labels" else "the front matter of its card is not valid YAML",
         }
-        farm[name] = Entry(folder, _truth_of(model) | shared | truth, "bert-base")
+        farm[name] = Entry(folder, truth_of(model) | shared | truth, "bert-base")
 
     folder = shutil.copytree(farm["bert-labels"].path, root / "bert-renamed-head")
 
@@ -320,11 +259,11 @@ def _berts(farm: Farm, root: Path) -> None:
 
 def _others(farm: Farm, root: Path) -> None:
     gpt2 = models.model("gpt2", bos_token_id=1, eos_token_id=2)
-    folder = _save(gpt2, root / "gpt2")
+    folder = save(gpt2, root / "gpt2")
     farm["gpt2"] = Entry(
         folder,
-        _truth_of(gpt2)
-        | _stack(0, ffn=4 * WIDTH)
+        truth_of(gpt2)
+        | stack(0, ffn=4 * WIDTH)
         | _NO_CARD
         | {
             "architecture.vocabulary": VOCAB,
@@ -339,9 +278,9 @@ def _others(farm: Farm, root: Path) -> None:
     )
     roberta = models.model("roberta")
     farm["roberta"] = Entry(
-        _save(roberta, root / "roberta"),
-        _truth_of(roberta)
-        | _stack(0)
+        save(roberta, root / "roberta"),
+        truth_of(roberta)
+        | stack(0)
         | {
             "architecture.vocabulary": VOCAB,
             "architecture.context": 64,  # 66 rows, of which the first two are not positions
@@ -353,9 +292,9 @@ def _others(farm: Farm, root: Path) -> None:
     )
     t5 = models.model("t5")
     truth = (
-        _truth_of(t5)
-        | _stack(0, name="encoder")
-        | _stack(1, name="decoder")
+        truth_of(t5)
+        | stack(0, name="encoder")
+        | stack(1, name="decoder")
         | {
             "architecture.vocabulary": VOCAB,
             "architecture.context": None,
@@ -366,13 +305,13 @@ def _others(farm: Farm, root: Path) -> None:
             "size.head": 0,
         }
     )
-    farm["t5"] = Entry(_save(t5, root / "t5"), truth)
+    farm["t5"] = Entry(save(t5, root / "t5"), truth)
     farm["t5-tuned"] = Entry(models.save_fine_tune(root / "t5-tuned", root / "t5", 1), truth, "t5")
     vit = models.model("vit")
     farm["vit"] = Entry(
-        _save(vit, root / "vit"),
-        _truth_of(vit)
-        | _stack(0)
+        save(vit, root / "vit"),
+        truth_of(vit)
+        | stack(0)
         | {
             "architecture.vocabulary": None,
             "architecture.context": None,
@@ -387,10 +326,10 @@ def _others(farm: Farm, root: Path) -> None:
     )
     clip = models.model("clip")
     farm["clip"] = Entry(
-        _save(clip, root / "clip"),
-        _truth_of(clip)
-        | _stack(0, name="text")
-        | _stack(1, name="vision")
+        save(clip, root / "clip"),
+        truth_of(clip)
+        | stack(0, name="text")
+        | stack(1, name="vision")
         | {
             "architecture.configured_vocabulary": VOCAB,
             "architecture.vocabulary": VOCAB,
@@ -406,7 +345,7 @@ def _awkward(farm: Farm, root: Path) -> None:
     config: Mapping[str, Any] = {
         "architecture.classes": ("LlamaForCausalLM",),
         "architecture.model_type": "llama",
-        **_stack(0, kv_heads=2, layers=None),
+        **stack(0, kv_heads=2, layers=None),
         "architecture.stacks.0.configured_layers": 2,
         "architecture.context": 64,
         "architecture.positions.theta": 10000.0,

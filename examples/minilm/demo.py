@@ -93,7 +93,7 @@ def link_published(link: Path) -> Path:
 
 
 def fine_tune(source: Path, target: Path, pairs: Sequence[Pair], steps: int, seed: int) -> None:
-    """Contrastive: within a batch, each summary must find its own text. Token embeddings and the lower half stay as they are."""
+    """Contrastive: within a batch, each summary must find its own text. The lower half of the model stays as it is."""
     torch.manual_seed(seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     model = transformers.AutoModel.from_pretrained(source).train()

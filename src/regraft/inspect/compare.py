@@ -111,11 +111,20 @@ class Comparison:
         return found
 
 
-def compare(checkpoints: Sequence[Checkpoint], base: Checkpoint | None = None, *, stats: bool = False) -> Comparison:
+def compare(
+    checkpoints: Sequence[Checkpoint],
+    base: Checkpoint | None = None,
+    *,
+    stats: bool = False,
+    known: Sequence[Facts] | None = None,
+) -> Comparison:
     """Compare two or more models, and judge the operations that could combine them.
 
     Weights are read on a sample; only pairs whose sample is identical are read to the end. With `stats`, everything
     is read, and values that are not finite count as an obstacle.
+
+    Args:
+        known: the facts of each checkpoint where the caller has them already; what they scanned is not read again.
 
     Raises:
         UserError: RG305 for fewer than two models, and what reading raises.
@@ -123,7 +132,7 @@ def compare(checkpoints: Sequence[Checkpoint], base: Checkpoint | None = None, *
     if len(checkpoints) < 2:
         raise UserError("RG305", "there is nothing to compare with", fix="name two or more models")
     names = _names([*checkpoints, *([base] if base is not None else [])])
-    found = [facts(one, stats=stats) for one in checkpoints]
+    found = list(known) if known is not None else [facts(one, stats=stats) for one in checkpoints]
     models = [_model(name, one, f) for name, one, f in zip(names, checkpoints, found, strict=False)]
     root = _model(names[-1], base, facts(base)) if base is not None else None
     pairs = [_pair(models, i, j) for i, j in combinations(range(len(models)), 2)]
