@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import models
 from farm_tools import (
-    SILENT,
+    LLAMA_TRUTH,
+    NO_CARD,
     VOCAB,
     WIDTH,
     Entry,
@@ -43,31 +44,9 @@ def make_farm(root: Path) -> Farm:
     return farm
 
 
-_LLAMA_TRUTH = {
-    **stack(0, kv_heads=2),
-    "architecture.vocabulary": VOCAB,
-    "architecture.context": 64,
-    "architecture.positions.kind": "rotary",
-    "architecture.positions.theta": 10000.0,
-    "architecture.positions.scaling": None,
-    "architecture.head": "causal language model",
-    "architecture.tied": False,
-    "architecture.labels": None,
-    "size.embeddings": VOCAB * WIDTH,
-    "size.head": VOCAB * WIDTH,
-    "size.tensors": 21,
-    "tokenizer.kind": "WordLevel",
-    "tokenizer.size": VOCAB,
-    "tokenizer.special": {"bos": "[BOS]", "eos": "[EOS]", "unk": "[UNK]", "pad": "[PAD]"},
-    "tokenizer.added": (),
-    "tokenizer.chat_template": False,
-}
-_NO_CARD = {"card.licences": (), "card.languages": (), "card.base_models": (), "card.silent": SILENT}
-
-
 def _llamas(farm: Farm, root: Path) -> None:
     base = models.model("llama")
-    truth = truth_of(base) | _LLAMA_TRUTH
+    truth = truth_of(base) | LLAMA_TRUTH
     front = "license: apache-2.0\nlanguage: [en, de]\ndatasets: [farm/words]\npipeline_tag: text-generation"
     folder = save(base, root / "llama-base")
     write_tokenizer(folder)
@@ -85,7 +64,7 @@ def _llamas(farm: Farm, root: Path) -> None:
     def tuned(name: str, seed: int, parent: str = "llama-base", **truths: Any) -> Path:
         made = models.save_fine_tune(root / name, root / parent, seed)
         write_tokenizer(made)
-        farm[name] = Entry(made, truth | _NO_CARD | {"bases": []} | truths, parent)
+        farm[name] = Entry(made, truth | NO_CARD | {"bases": []} | truths, parent)
         return made
 
     folder = tuned("llama-a", 1)
@@ -118,7 +97,7 @@ def _llamas(farm: Farm, root: Path) -> None:
     )
     stranger = save(models.model("llama", seed=9), root / "llama-stranger")
     write_tokenizer(stranger)
-    farm["llama-stranger"] = Entry(stranger, truth | _NO_CARD)
+    farm["llama-stranger"] = Entry(stranger, truth | NO_CARD)
 
     write_tokenizer(tuned("llama-other-tokenizer", 3), seed=1)
 
@@ -179,8 +158,8 @@ def _llamas(farm: Farm, root: Path) -> None:
     tied.load_state_dict({n: t for n, t in base.state_dict().items() if n != "lm_head.weight"}, strict=False)
     folder = save(tied, root / "llama-tied")
     write_tokenizer(folder)
-    own = {"architecture.tied": True, "size.head": 0, "size.tensors": 20}
-    farm["llama-tied"] = Entry(folder, truth | _NO_CARD | truth_of(tied) | own, "llama-base")
+    truths = {**truth_of(tied), "architecture.tied": True, "size.head": 0, "size.tensors": 20}
+    farm["llama-tied"] = Entry(folder, truth | NO_CARD | truths, "llama-base")
 
     deep = models.model("llama", num_hidden_layers=4)
     twice = {n: t for n, t in base.state_dict().items() if ".layers." not in n}
@@ -195,7 +174,7 @@ def _llamas(farm: Farm, root: Path) -> None:
     folder = save(deep, root / "llama-deep")
     write_tokenizer(folder)
     shape = {**stack(0, kv_heads=2, layers=4), "size.tensors": 39}
-    farm["llama-deep"] = Entry(folder, truth | _NO_CARD | truth_of(deep) | shape)
+    farm["llama-deep"] = Entry(folder, truth | NO_CARD | truth_of(deep) | shape)
 
     grown = hf.LlamaForCausalLM.from_pretrained(farm["llama-base"].path)
     grown.resize_token_embeddings(VOCAB + 1, mean_resizing=False)
@@ -207,7 +186,7 @@ def _llamas(farm: Farm, root: Path) -> None:
         "architecture.vocabulary": VOCAB + 1,
     }
     tokens = {"tokenizer.size": VOCAB + 1, "tokenizer.added": ("<tool>",)}
-    farm["llama-added-token"] = Entry(folder, truth | _NO_CARD | truth_of(grown) | rows | tokens, "llama-base")
+    farm["llama-added-token"] = Entry(folder, truth | NO_CARD | truth_of(grown) | rows | tokens, "llama-base")
 
 
 def _berts(farm: Farm, root: Path) -> None:
@@ -264,7 +243,7 @@ def _others(farm: Farm, root: Path) -> None:
         folder,
         truth_of(gpt2)
         | stack(0, ffn=4 * WIDTH)
-        | _NO_CARD
+        | NO_CARD
         | {
             "architecture.vocabulary": VOCAB,
             "architecture.context": 64,

@@ -87,3 +87,25 @@ def stack(i: int, **values: Any) -> dict[str, Any]:
 def save(model: hf.PreTrainedModel, folder: Path, **settings: Any) -> Path:
     model.save_pretrained(folder, **settings)
     return folder
+
+
+LLAMA_TRUTH = {
+    **stack(0, kv_heads=2),
+    "architecture.vocabulary": VOCAB,
+    "architecture.context": 64,
+    "architecture.positions.kind": "rotary",
+    "architecture.positions.theta": 10000.0,
+    "architecture.positions.scaling": None,
+    "architecture.head": "causal language model",
+    "architecture.tied": False,
+    "architecture.labels": None,
+    "size.embeddings": VOCAB * WIDTH,
+    "size.head": VOCAB * WIDTH,
+    "size.tensors": 21,
+    "tokenizer.kind": "WordLevel",
+    "tokenizer.size": VOCAB,
+    "tokenizer.special": {"bos": "[BOS]", "eos": "[EOS]", "unk": "[UNK]", "pad": "[PAD]"},
+    "tokenizer.added": (),
+    "tokenizer.chat_template": False,
+}
+NO_CARD = {"card.licences": (), "card.languages": (), "card.base_models": (), "card.silent": SILENT}

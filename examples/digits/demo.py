@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as TextTable
 from skills import BASE, EXPERTS, SKILLS, Split, load_splits, write_data
@@ -139,7 +140,10 @@ def parameters(result: RunResult) -> int:
 
 
 def print_table(shown: Sequence[Evaluation], chosen: Mapping[str, str]) -> None:
-    table = TextTable("model", "mean", *SKILLS, title="Right answers on test images, %")
+    table = TextTable(
+        "model", "mean", *SKILLS, title="Right answers on test images, %", box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.padding, table.pad_edge, table.columns[0].no_wrap = (0, 0), False, True  # fits 80 columns
     for column in table.columns[1:]:
         column.justify = "right"
     for one in shown:
@@ -167,7 +171,7 @@ def summarise(shown: Sequence[Evaluation], result: RunResult) -> list[str]:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def skills_figure(test: Split) -> Section:

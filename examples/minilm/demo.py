@@ -125,7 +125,10 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
 def write_data(path: Path, held_out: Sequence[Pair]) -> None:
     """Everyday sentences with scores by hand; and documentation: a summary with its own text, or with another's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) | {"group": "everyday"} for line in (HERE / "pairs.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) | {"group": "everyday"}
+        for line in (HERE / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for i, (summary, text) in enumerate(held_out):
         other = held_out[(i + 1) % len(held_out)][1]
         for sentence, score in ((text, 1.0), (other, 0.0)):

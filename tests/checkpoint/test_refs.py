@@ -124,7 +124,9 @@ def test_hub_ids_are_fetched_and_near_folders_named(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=r"did you mean .*org/model") as caught:
         open_checkpoint("org/modell@main", relative_to=tmp_path, offline=True)
     assert caught.value.code == "RG502"
-    with pytest.raises(UserError, match=r"check the id; if a folder is meant, there is none called 'other/thing' here$"):
+    with pytest.raises(
+        UserError, match=r"check the id; if a folder is meant, there is none called 'other/thing' here$"
+    ):
         open_checkpoint("other/thing", relative_to=tmp_path)
     assert asked == [("org/modell", "main", True), ("other/thing", "", False)]
 

@@ -94,3 +94,14 @@ def test_cells() -> None:
     assert (number(None), number(0.123456), share(0.5), share(None)) == ("?", "0.123", "50.0%", "?")
     assert listed([]) is None
     assert listed("abc", most=2) == "a, b and 1 more"
+
+
+def test_the_comparison_says_what_stands_in_the_way(cli, family: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "deep", "llama", num_hidden_layers=3)
+    shown = cli("inspect", family / "a", tmp_path / "deep")
+    assert shown.exit_code == 0, shown.stderr
+    assert "num_hidden_layers: 2 and 3" in shown.stdout
+    assert "only in deep: model.layers.2." in shown.stdout
+    verdicts = {line.split()[0]: line for line in shown.stdout.splitlines() if line.startswith("  ")}
+    assert "no" in verdicts["linear"].split()
+    assert "(RG203)" in verdicts["linear"]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 import transformers as hf
-from models import save_model
 from safetensors.torch import load_file
 
+from models import save_model
 from regraft.recipe import parse_recipe
 from regraft.recipe.run import merge
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from models import CLASSES, FAMILIES, VOCAB, save_fine_tune, save_model
 from safetensors.torch import load_file
 
+from models import CLASSES, FAMILIES, VOCAB, save_fine_tune, save_model
 from regraft.recipe import parse_recipe
 from regraft.recipe.run import merge
 
@@ -48,7 +48,9 @@ def use(name: str, model: hf.PreTrainedModel) -> torch.Tensor:
 def test_task_arithmetic_loads_and_computes_what_the_formula_says(family: tuple[str, Path], tmp_path: Path) -> None:
     name, folder = family
     out = merge(recipe(folder, "{merge: task_arithmetic, base: base, models: [a, b], weight: 0.4}"), tmp_path / "out")
-    base, a, b, merged = (load_file(p / "model.safetensors") for p in (folder / "base", folder / "a", folder / "b", out))
+    base, a, b, merged = (
+        load_file(p / "model.safetensors") for p in (folder / "base", folder / "a", folder / "b", out)
+    )
     assert merged.keys() == base.keys()
     for key, value in merged.items():
         if value.is_floating_point():

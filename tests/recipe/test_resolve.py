@@ -91,7 +91,7 @@ def test_the_seed_of_the_step_is_used_unless_the_option_is_given() -> None:
 def test_a_filter_that_selects_nothing_is_an_error_with_the_nearest_name() -> None:
     r = resolver()
     r.options("h.0.attn.w", 0.0, [Input("a", {"weight": conditions((0.5, "self_attn"), (1.0, None))})], [])
-    with pytest.raises(UserError, match="'self_attn' selects no tensor of gpt2.*did you mean 'attn'") as error:
+    with pytest.raises(UserError, match=r"'self_attn' selects no tensor of gpt2.*did you mean 'attn'") as error:
         r.check_filters("gpt2")
     assert error.value.code == "RG308"
 

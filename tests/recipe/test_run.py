@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from models import save_fine_tune, save_model
 from safetensors.torch import load_file, save_file
 
+from models import save_fine_tune, save_model
 from regraft.checkpoint.lineage import Lineage
 from regraft.errors import UserError
 from regraft.recipe import parse_recipe
@@ -116,7 +116,7 @@ def test_merge_is_up_to_date_until_something_changes(llamas: Path, tmp_path: Pat
     assert any("up to date" in line for line in told.lines)
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
     other = recipe(llamas, text.replace("[a, b]", "[a, base]"))
-    with pytest.raises(UserError, match="not empty.*--force") as error:
+    with pytest.raises(UserError, match=r"not empty.*--force") as error:
         merge(other, out)
     assert error.value.code == "RG401"
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
@@ -381,7 +381,7 @@ def test_conflicting_licences_must_be_accepted(llamas: Path, tmp_path: Path) -> 
         shutil.copytree(llamas / name, tmp_path / name)
         (tmp_path / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
     made = recipe(tmp_path, THREE + "steps:\n  x: {merge: linear, models: [a, b]}\n")
-    with pytest.raises(UserError, match="licences of the inputs do not agree.*--accept-licenses") as error:
+    with pytest.raises(UserError, match=r"licences of the inputs do not agree.*--accept-licenses") as error:
         merge(made, tmp_path / "out")
     assert error.value.code == "RG404"
     merge(made, tmp_path / "out", Settings(accept_licenses=True))

@@ -47,9 +47,9 @@ def merge(
     )
     document = opt.read_recipe(recipe, assignments)
     if dry_run or terminal.verbose:
-        from regraft.recipe.plan import make_plan
+        from regraft.recipe.run import check_merge
 
-        planned = make_plan(document, settings, out=out).to_dict()
+        planned = check_merge(document, out, settings).to_dict()
         if dry_run and as_json:
             terminal.json(planned)
         else:

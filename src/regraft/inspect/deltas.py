@@ -231,7 +231,8 @@ class _Pass:
 
     def measure(self, job: _Job) -> tuple[_Sums, Measure]:
         with torch.inference_mode():
-            gram, sums = Gram(_base_and_deltas), Sum(_counts)
+            gram, sums = Gram(_base_and_deltas), Sum(lambda chunk: chunk.deltas.abs())
+            counts: Tensor | int = 0
             histogram = torch.zeros((self._n, _BINS), dtype=torch.int64)
             for statistic in (gram, sums):
                 statistic.begin(job.elements)
@@ -242,13 +243,14 @@ class _Pass:
                 chunk: Chunk[Any] = Chunk(job.info, Options(), start, rows, base)
                 for statistic in (gram, sums):
                     statistic.absorb(statistic.observe(chunk))
+                counts = counts + _counts(chunk.deltas)
                 keys = chunk.deltas.abs().contiguous().view(torch.int32) >> 16
                 for i in range(self._n):
                     histogram[i] += torch.bincount(keys[i], minlength=_BINS)
                 self._advance(stop - start)
             for statistic in (gram, sums):
                 statistic.finish()
-        found = _Sums(job.elements, gram.result, sums.result)
+        found = _Sums(job.elements, gram.result, sums.result, torch.as_tensor(counts))
         with self._lock:
             for key in {("", None), (job.info.stack if job.info.layer is not None else "", job.info.layer)}:
                 before = self.histograms.get(key)
@@ -266,31 +268,37 @@ def _base_and_deltas(chunk: Chunk[Any]) -> Tensor:
     return torch.cat([chunk.base.unsqueeze(0), chunk.deltas])
 
 
-def _counts(chunk: Chunk[Any]) -> Tensor:
-    """Rows of numbers to sum: |delta| and delta == 0 per model; moved at all, in conflict; per pair the same."""
-    d = chunk.deltas
+def _counts(d: Tensor) -> Tensor:
+    """Entries of `d` (n, L): unmoved per model; moved in any, in conflict; per pair moved in both, in conflict."""
+    n, length = d.shape
     up, down = d > 0, d < 0
-    rows = [*d.abs(), *(d == 0), (up | down).any(0), up.any(0) & down.any(0)]
-    for i, j in combinations(range(d.shape[0]), 2):
-        rows += [(up[i] | down[i]) & (up[j] | down[j]), (up[i] & down[j]) | (down[i] & up[j])]
-    return torch.stack([row.to(d.dtype) for row in rows])
+    moved = up | down
+    counts = [length - moved[i].count_nonzero() for i in range(n)]
+    counts += [moved.any(0).count_nonzero(), (up.any(0) & down.any(0)).count_nonzero()]
+    for i, j in combinations(range(n), 2):
+        both = moved[i] & moved[j]
+        counts += [both.count_nonzero(), (both & (up[i] ^ up[j])).count_nonzero()]
+    return torch.stack(counts)
 
 
 @dataclass
 class _Sums:
-    """Additive figures of one or more tensors: the Gram matrix of base and deltas, and the sums of `_counts`."""
+    """Additive figures of one or more tensors: the Gram matrix of base and deltas, sums of |delta|, and `_counts`."""
 
     elements: int
     gram: Tensor
     sums: Tensor
+    counts: Tensor
 
     @classmethod
     def of(cls, parts: Sequence[_Sums]) -> _Sums:
-        gram, sums = torch.zeros_like(parts[0].gram), torch.zeros_like(parts[0].sums)
+        total = cls(0, *(torch.zeros_like(t) for t in (parts[0].gram, parts[0].sums, parts[0].counts)))
         for part in parts:
-            gram += part.gram
-            sums += part.sums
-        return cls(sum(part.elements for part in parts), gram, sums)
+            total.elements += part.elements
+            total.gram += part.gram
+            total.sums += part.sums
+            total.counts += part.counts
+        return total
 
     @property
     def finite(self) -> bool:
@@ -298,16 +306,16 @@ class _Sums:
 
     @property
     def mean_abs(self) -> list[float | None]:
-        return [_ratio(x, self.elements) for x in self.sums[: self.gram.shape[0] - 1].tolist()]
+        return [_ratio(x, self.elements) for x in self.sums.tolist()]
 
     def measure(self, histogram: Tensor) -> Measure:
         n = histogram.shape[0]
-        gram, sums = self.gram.tolist(), self.sums.tolist()
+        gram, counts = self.gram.tolist(), self.counts.tolist()
         base, norms = _root(gram[0][0]), [_root(gram[i + 1][i + 1]) for i in range(n)]
-        moved, conflict = sums[2 * n], sums[2 * n + 1]
+        moved, conflict = counts[n : n + 2]
         pairs: list[list[float | None]] = [[0.0 if i == j else None for j in range(n)] for i in range(n)]
         for k, (i, j) in enumerate(combinations(range(n), 2)):
-            both, against = sums[2 * n + 2 + 2 * k : 2 * n + 4 + 2 * k]
+            both, against = counts[n + 2 + 2 * k : n + 4 + 2 * k]
             pairs[i][j] = pairs[j][i] = _ratio(against, both)
         return Measure(
             elements=self.elements,
@@ -315,7 +323,7 @@ class _Sums:
             norms=norms,
             relative=[_ratio(x, base) for x in norms],
             mean_abs=self.mean_abs,
-            unchanged=[x / self.elements for x in sums[n : 2 * n]],
+            unchanged=[x / self.elements for x in counts[:n]],
             quantiles=[_quantiles(h, self.elements) for h in histogram],
             base_cosine=[_base_cosine(gram, i + 1) for i in range(n)],
             cosine=[[_cosine(gram[i + 1][j + 1], norms[i], norms[j]) for j in range(n)] for i in range(n)],

@@ -99,7 +99,10 @@ class MergePlan:
             if rows and rows[-1]["options"] == options:
                 row = rows[-1]
                 row["tensors"] += 1
-                row["last"], row["last_layer"] = job.info.name, job.info.layer
+                row["last"] = job.info.name
+                layers = [n for n in (row["first_layer"], row["last_layer"], job.info.layer) if n is not None]
+                if layers:
+                    row["first_layer"], row["last_layer"] = min(layers), max(layers)
             else:
                 layer = job.info.layer
                 rows.append(

@@ -90,10 +90,9 @@ def merge(recipe: Recipe, out: Path, settings: Settings | None = None, progress:
             `out` holds something else; else as `run`.
     """
     settings, progress = settings or Settings(), progress or Silent()
+    plan = check_merge(recipe, out, settings)
     final = _only_result(recipe)
-    plan = make_plan(recipe, settings, out=out)
     members = Members(recipe, settings)
-    _check_output(out, plan, settings)
     _tell(plan, progress)
     store = _Store(out.with_name(out.name + ".steps"))
     for step in recipe.steps:
@@ -110,6 +109,15 @@ def merge(recipe: Recipe, out: Path, settings: Settings | None = None, progress:
         workers, chunk, _ = size_run(chosen.jobs, settings)
         execute(chosen, out, recipe, settings, workers=workers, chunk=chunk, progress=progress)
     return out
+
+
+def check_merge(recipe: Recipe, out: Path, settings: Settings | None = None) -> Plan:
+    """The plan of `merge`, with everything checked that can be checked without work; raises as `merge` does."""
+    settings = settings or Settings()
+    _only_result(recipe)
+    plan = make_plan(recipe, settings, out=out)
+    _check_output(out, plan, settings)
+    return plan
 
 
 def _only_result(recipe: Recipe) -> MergeStep:
@@ -147,9 +155,9 @@ def _check_output(out: Path, plan: Plan, settings: Settings) -> None:
         return
     if (out / FILE_NAME).exists() and len(plan.merges) > 1:
         return  # whether it is up to date is known when the earlier steps are done
-    raise UserError(
-        "RG401", "the output folder is not empty", where=str(out), fix="name another, or replace it by --force"
-    )
+    is_model = (out / "config.json").exists() or (out / FILE_NAME).exists()
+    fix = "name another folder" + (", or give --force to replace the model in it" if is_model else "")
+    raise UserError("RG401", "the output folder is not empty", where=str(out), fix=fix)
 
 
 def _key_at(folder: Path) -> str:
