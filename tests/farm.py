@@ -342,9 +342,7 @@ def _awkward(farm: Farm, root: Path) -> None:
     (stub / "model.safetensors").write_text(pointer)
     farm["lfs-stub"] = Entry(stub, dict(config))
 
-    packed = root / "llama-quantised"
-    shutil.copytree(farm["llama-a"].path, packed)
-    (packed / "README.md").unlink()
+    packed = shutil.copytree(farm["llama-a"].path, root / "llama-quantised", ignore=shutil.ignore_patterns("README.md"))
     edit_config(packed, quantization_config={"quant_method": "gptq", "bits": 4})
     farm["llama-quantised"] = Entry(packed, dict(config))
 
@@ -396,7 +394,6 @@ def _awkward(farm: Farm, root: Path) -> None:
             "architecture.context": None,
             "size.parameters": farm["llama-a"].truth["size.parameters"],
             "tokenizer": None,
-            "kind": "model",
         },
         "llama-base",
     )

@@ -14,8 +14,9 @@ from regraft.cli.main import app
 
 
 @pytest.fixture
-def cli() -> Callable[..., Any]:
+def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`cli("merge", recipe, out)` -> exit_code, stdout, stderr."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # parallel test runners set it; tables would be cut
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
 
 

@@ -1,4 +1,4 @@
-"""What must hold for every registered rule (new ones are covered by being registered), and algebra that holds for some."""
+"""What must hold for every registered rule, new ones included, and algebra that holds for some."""
 
 from __future__ import annotations
 

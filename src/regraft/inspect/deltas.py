@@ -270,10 +270,10 @@ def _base_and_deltas(chunk: Chunk[Any]) -> Tensor:
 
 def _counts(d: Tensor) -> Tensor:
     """Entries of `d` (n, L): unmoved per model; moved in any, in conflict; per pair moved in both, in conflict."""
-    n, length = d.shape
+    n = d.shape[0]
     up, down = d > 0, d < 0
     moved = up | down
-    counts = [length - moved[i].count_nonzero() for i in range(n)]
+    counts = [(d[i] == 0).count_nonzero() for i in range(n)]
     counts += [moved.any(0).count_nonzero(), (up.any(0) & down.any(0)).count_nonzero()]
     for i, j in combinations(range(n), 2):
         both = moved[i] & moved[j]

@@ -107,7 +107,8 @@ def facts(
         candidates: models that it may come from; the related ones are ranked by distance of the weights.
 
     Raises:
-        UserError: RG101 or RG103 if a file has gone or changed since it was opened.
+        UserError: RG101 or RG103 if a file has gone or changed since it was opened, RG105 if the config of an adapter
+            in the folder cannot be read.
     """
     own = layout(checkpoint.config, checkpoint.tensors)
     shape = architecture(checkpoint, own)
