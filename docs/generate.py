@@ -16,6 +16,7 @@ from typing import Any
 
 import typer.main
 
+from regraft.axes.families import FAMILIES
 from regraft.cli.main import app
 from regraft.cli.methods import option_facts
 from regraft.errors import CODES
@@ -78,6 +79,11 @@ def two_defaults() -> str:
             if theirs and theirs != _default(option):
                 rows.append(f"| `{rule.name}` | `{option['name']}` | {_default(option)} | {theirs} |")
     return "\n".join(rows)
+
+
+def families() -> str:
+    """The model types whose layers are known from a table."""
+    return ", ".join(f"`{name}`" for name in sorted(FAMILIES))
 
 
 def own_recipe(method: Method) -> str:

@@ -10,7 +10,7 @@ from mkdocs.structure.files import File
 # `<!-- table: NAME -->` in a page stands for one of these.
 TABLES = {
     "rules": lambda: generate.rule_table("methods/{}.md"),
-    "rules-from-guides": lambda: generate.rule_table("../methods/{}.md"),
+    "families": generate.families,
     "two-defaults": generate.two_defaults,
 }
 

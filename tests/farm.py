@@ -145,7 +145,7 @@ def _llamas(farm: Farm, root: Path) -> None:
         "card.silent": ("languages", "training data", "base model", "evaluation results"),
         "contradictions": [
             {"subject": "task", "card": "fill-mask", "found": "causal language model"},
-            {"subject": "parameters", "card": "7B param", "found": f"{base.num_parameters():,}"},
+            {"subject": "parameters", "card": "7B parameters", "found": f"{base.num_parameters():,}"},
             {"subject": "context length", "card": "context length of 4,096", "found": "64"},
         ],
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from regraft.axes import Layout
 from regraft.checkpoint import Checkpoint, numel
+from regraft.checkpoint.weights import ADAPTER_CONFIG
 
 # One fact, the keys that configurations of different families have for it.
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
@@ -230,7 +231,7 @@ def _labels(config: Mapping[str, Any], classes: tuple[str, ...]) -> tuple[str, .
 
 def _remarks(checkpoint: Checkpoint, own: Layout) -> list[str]:
     found = []
-    if not checkpoint.config:
+    if not checkpoint.config and ADAPTER_CONFIG not in checkpoint.files:
         found.append("there is no config.json: what the model computes is not known")
     if not checkpoint.tensors:
         return found

@@ -31,7 +31,7 @@ _TASK_HEADS = {
     "summarization": ("sequence to sequence", "causal language model"),
 }
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-_PARAMETERS = re.compile(r"(?<![\w.])(\d+(?:[.,]\d+)*)\s*(k|m|b|t|million|billion|trillion)?\s+param", re.IGNORECASE)
+_PARAMETERS = re.compile(r"(?<![\w.])(\d+(?:[.,]\d+)*)\s*(k|m|b|t|million|billion|trillion)?\s+param\w*", re.IGNORECASE)
 _CONTEXT = re.compile(
     r"(?:context|sequence)\s+(?:length|window|size)\s*(?:of|is|=|:|\*|\||up to|to)*\s*(\d[\d,]*)\s*(k)?\b",
     re.IGNORECASE,

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from regraft.axes import Layout, layout
@@ -15,7 +16,7 @@ from regraft.checkpoint.licences import LicenceVerdict, combine
 from regraft.checkpoint.tensor import nbytes
 from regraft.checkpoint.writer import TensorSpec, size_on_disk
 from regraft.errors import UserError
-from regraft.inspect.distance import relative_distance
+from regraft.inspect.distance import Distance, relative_distance
 from regraft.merge.engine import Job, group
 from regraft.merge.rule import Rule
 from regraft.methods import method
@@ -220,11 +221,16 @@ def _check_patterns(excluded: Sequence[re.Pattern[str]], template: Member, step:
             raise UserError("RG308", what, where=step.where, fix=f"its names look like {names[len(names) // 2]}")
 
 
+@lru_cache(maxsize=128)  # by identity: the steps of a recipe share their inputs
+def _distance(base: Checkpoint, model: Checkpoint) -> Distance:
+    return relative_distance(base, model)
+
+
 def _check_lineage(base: Member, inputs: Sequence[Member], step: MergeStep) -> list[str]:
     """Remarks on models that are far from the base; raises RG205 for one that does not come from it."""
     remarks = []
     for member in inputs:
-        distance = relative_distance(base.checkpoint, member.checkpoint)
+        distance = _distance(base.checkpoint, member.checkpoint)
         if distance.verdict == "unrelated":
             what = f"{member.name} does not look like a fine-tune of {base.name}: {distance.sentence()}"
             fix = "name the base that it was fine-tuned from, or go on with --force"

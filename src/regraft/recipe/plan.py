@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class EvaluatePlan:
 class Plan:
     """All steps of a recipe, in order, with what they cost.
 
-    `memory_bytes` is the peak of the whole process, `disk_bytes` the sum of all outputs, `seconds` an estimate.
+    `memory_bytes` is the peak of the whole process, `disk_bytes` the sum of all outputs.
     """
 
     recipe: Recipe
@@ -44,8 +45,13 @@ class Plan:
     chunk: int
     memory_bytes: int
     disk_bytes: int
-    seconds: float
+    members: Members
     warnings: list[str] = field(default_factory=list)
+
+    @cached_property
+    def seconds(self) -> float:
+        """Estimated time for all merges, measured on samples when it is first asked for."""
+        return sum(estimate_seconds(p.jobs, p.bytes_in + p.bytes_out, self.workers) for p in self.merges)
 
     @property
     def merges(self) -> list[MergePlan]:
@@ -122,8 +128,7 @@ def make_plan(recipe: Recipe, settings: Settings | None = None, *, out: Path | N
     disk = sum(plan.bytes_out for plan in merges)
     if out is not None:
         _check_disk(out, disk)
-    seconds = sum(estimate_seconds(p.jobs, p.bytes_in + p.bytes_out, workers) for p in merges)
-    return Plan(recipe, settings, steps, workers, chunk, memory, disk, seconds, warnings)
+    return Plan(recipe, settings, steps, workers, chunk, memory, disk, members, warnings)
 
 
 class Members:
@@ -149,6 +154,12 @@ class Members:
             checkpoint = open_checkpoint(reference, relative_to=folder, offline=self._settings.offline)
             self._opened[name] = Member(name, checkpoint)
         return self._opened[name]
+
+    def afresh(self) -> Members:
+        """The same opened models, before any step."""
+        new = Members(self._recipe, self._settings)
+        new._opened = self._opened
+        return new
 
     def remarks(self) -> list[str]:
         return [f"{m.name}: {remark}" for m in self._opened.values() for remark in m.checkpoint.remarks]

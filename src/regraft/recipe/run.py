@@ -67,7 +67,7 @@ def run(recipe: Recipe, out: Path, settings: Settings | None = None, progress: P
     plan = make_plan(recipe, settings, out=out)
     _tell(plan, progress)
     store = _Store(out)
-    members = Members(recipe, settings)
+    members = plan.members.afresh()
     result = RunResult(out, plan)
     for step in recipe.steps:
         progress.step(step.name)
@@ -92,7 +92,7 @@ def merge(recipe: Recipe, out: Path, settings: Settings | None = None, progress:
     settings, progress = settings or Settings(), progress or Silent()
     plan = check_merge(recipe, out, settings)
     final = _only_result(recipe)
-    members = Members(recipe, settings)
+    members = plan.members.afresh()
     _tell(plan, progress)
     store = _Store(out.with_name(out.name + ".steps"))
     for step in recipe.steps:
