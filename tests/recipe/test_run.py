@@ -406,3 +406,27 @@ def test_merge_makes_one_model(llamas: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"makes 2 final models \(x, y\).*regraft run") as error:
         merge(two, tmp_path / "out")
     assert error.value.code == "RG309"
+
+
+def save_tokenizer(folder: Path, words: str) -> None:
+    from tokenizers import Tokenizer, models
+
+    words_to_ids = {word: i for i, word in enumerate(words.split())}
+    fast = Tokenizer(models.WordLevel(words_to_ids, unk_token="a"))
+    hf.PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="a").save_pretrained(folder)
+
+
+def test_tokenizers_must_agree_or_be_chosen(llamas: Path, tmp_path: Path) -> None:
+    for name, words in (("base", "a b c"), ("a", "a b c"), ("b", "a c b")):
+        shutil.copytree(llamas / name, tmp_path / name)
+        save_tokenizer(tmp_path / name, words)
+    body = "merge: linear, models: [a, b]"
+    with pytest.raises(UserError, match=r"different tokenizers.*tokenizer_from") as error:
+        make_plan(recipe(tmp_path, THREE + f"steps:\n  x: {{{body}}}\n"))
+    assert error.value.code == "RG204"
+    chosen = recipe(tmp_path, THREE + f"steps:\n  x: {{{body}, tokenizer_from: b}}\n")
+    out = merge(chosen, tmp_path / "out")
+    assert hf.AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("c") == 1
+    assert any("different tokenizers" in w for w in Lineage.read(out).warnings)
+    make_plan(recipe(tmp_path, THREE + "steps:\n  x: {merge: linear, models: [base, a]}\n"))
+    make_plan(recipe(tmp_path, THREE + f"steps:\n  x: {{{body}, exclude: [embed_tokens]}}\n"))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from regraft.axes import Layout
 from regraft.checkpoint import Checkpoint, TensorSource
 from regraft.errors import UserError
-from regraft.inspect.compare import config_differences
+from regraft.inspect.config_keys import config_differences
+from regraft.inspect.obstacles import Model, of_vocabulary
+from regraft.inspect.tokenizer import TokenizerFacts, tokenizer
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,37 @@ def check_config(
                 raise UserError("RG207", sentence, where=where, fix=fix)
             remarks.append(sentence)
     return remarks
+
+
+def check_tokenizers(
+    template: Member, others: Sequence[Member], layouts: Mapping[str, Layout], *, decided: bool, where: str
+) -> list[str]:
+    """Remarks on tokenizers that give one number to different tokens.
+
+    Args:
+        decided: the recipe says whose tokenizer the output takes, or does not merge the embedding.
+
+    Raises:
+        UserError: RG204 for such tokenizers unless `decided`.
+    """
+    remarks = []
+    mine = _compared(template, layouts)
+    for other in others:
+        for obstacle in of_vocabulary(mine, _compared(other, layouts)):
+            if not decided:
+                fix = f"{obstacle.fix}, or say whose tokenizer to take by tokenizer_from"
+                raise UserError(obstacle.code, obstacle.reason, where=where, fix=fix)
+            remarks.append(obstacle.reason)
+    return remarks
+
+
+def _compared(member: Member, layouts: Mapping[str, Layout]) -> Model:
+    return Model(member.name, member.checkpoint, layouts[member.name], _tokenizer(member.checkpoint))
+
+
+@lru_cache(maxsize=128)  # by identity: the steps of a recipe share their inputs
+def _tokenizer(checkpoint: Checkpoint) -> TokenizerFacts | None:
+    return tokenizer(checkpoint)
 
 
 def _short(value: Any) -> str:

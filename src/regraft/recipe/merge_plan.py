@@ -22,7 +22,7 @@ from regraft.merge.rule import Rule
 from regraft.methods import method
 from regraft.recipe.build import Builder, Piece
 from regraft.recipe.document import Input, MergeStep, Slice
-from regraft.recipe.fit import Member, check_architecture, check_config, unexpected
+from regraft.recipe.fit import Member, check_architecture, check_config, check_tokenizers, unexpected
 from regraft.recipe.planned import PlannedCheckpoint, PlannedTensor
 from regraft.recipe.resolve import Resolver, compile_patterns
 from regraft.recipe.settings import Settings
@@ -147,6 +147,9 @@ def plan_merge(
     remarks = check_config(
         template, everyone, decided=bool(step.config_from) or sliced, excluded=excluded, layout=own, where=step.where
     )
+    embedding = any(own.place(n).role == "embedding" and _kept(n, excluded) for n in template.checkpoint.tensors)
+    free = bool(step.tokenizer_from) or not embedding or step.dialect == "mergekit"
+    remarks += check_tokenizers(template, everyone, layouts, decided=free, where=step.where)
     seed = settings.seed if settings.seed is not None else step.seed
     resolver = Resolver(rule, dialect=step.dialect, where=step.where, seed=seed)
     builder = Builder(step, rule, template, base, members, layouts, resolver, excluded)
@@ -211,6 +214,10 @@ def _same(a: Member, b: Member) -> bool:
         (one.path, one.revision, one.adapters) == (other.path, other.revision, other.adapters)
         and type(one) is type(other) is Checkpoint
     )
+
+
+def _kept(name: str, excluded: Sequence[re.Pattern[str]]) -> bool:
+    return not any(pattern.search(name) for pattern in excluded)
 
 
 def _check_patterns(excluded: Sequence[re.Pattern[str]], template: Member, step: MergeStep) -> None:
