@@ -17,7 +17,7 @@ from regraft.inspect.distance import Distance
 from regraft.inspect.scan import Scan
 from regraft.inspect.tokenizer import TokenizerFacts
 
-_LABELS = ("id2label", "label2id", "problem_type")
+LABEL_KEYS = ("id2label", "label2id", "problem_type")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def of_config(a: Model, b: Model, differences: list[Difference], *, ignore: froz
         if not difference.matters or difference.key in ignore:
             continue
         reason = f"{difference.key} is {_short(difference.a)} in {a.name} and {_short(difference.b)} in {b.name}"
-        if difference.key in _LABELS:
+        if difference.key in LABEL_KEYS:
             yield Obstacle("RG207", reason, "exclude the head, or bring its rows into one order")
         else:
             yield Obstacle("RG207", reason, "choose one configuration by config_from, if the weights stand it")

@@ -6,13 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from regraft.axes import Layout
 from regraft.checkpoint import Checkpoint, TensorSource
 from regraft.errors import UserError
 from regraft.inspect.config_keys import config_differences
-from regraft.inspect.obstacles import Model, of_vocabulary
+from regraft.inspect.obstacles import LABEL_KEYS, Model, of_architecture, of_config, of_vocabulary
 from regraft.inspect.tokenizer import TokenizerFacts, tokenizer
 
 
@@ -33,52 +32,43 @@ def check_architecture(
     template: Member, others: Sequence[Member], layouts: Mapping[str, Layout], *, where: str
 ) -> None:
     """Raise RG203 for another model type or another number of layers."""
+    mine = _compared(template, layouts)
     for other in others:
-        mine, theirs = template.checkpoint.model_type, other.checkpoint.model_type
-        if mine and theirs and mine != theirs:
-            what = f"{template.name} is of type {mine} and {other.name} of type {theirs}"
-            raise UserError("RG203", what, where=where, fix="merge models of one architecture")
-        here, there = layouts[template.name].stacks, layouts[other.name].stacks
-        if dict(here) != dict(there):
-            what = f"{template.name} has {_count(here)} and {other.name} has {_count(there)}"
-            raise UserError("RG203", what, where=where, fix="merge models of one depth, or choose layers with slices")
-
-
-def _count(stacks: Mapping[str, int]) -> str:
-    return " and ".join(f"{n} {stack + ' ' if stack else ''}layers" for stack, n in stacks.items()) or "no layers"
+        for obstacle in of_architecture(mine, _compared(other, layouts)):
+            raise UserError(obstacle.code, obstacle.reason, where=where, fix=obstacle.fix)
 
 
 def check_config(
     template: Member,
     others: Sequence[Member],
+    layouts: Mapping[str, Layout],
     *,
     decided: bool,
     excluded: Sequence[re.Pattern[str]],
-    layout: Layout,
     where: str,
 ) -> list[str]:
-    """Remarks on configurations that differ; raises RG207 where that changes what the weights compute.
+    """Remarks on configurations under which the same weights compute something else.
 
     Args:
-        decided: the recipe says whose configuration the output takes, so differences are remarks. Label maps are
-            never a remark while the head is merged: its rows mean different things.
+        decided: the recipe says whose configuration the output takes. Label maps are no matter of choice while the
+            head is merged, and none at all while it is not.
+
+    Raises:
+        UserError: RG207 for such configurations unless `decided`.
     """
     remarks = []
-    heads = [n for n in template.checkpoint.tensors if layout.place(n).role == "head"]
+    mine = _compared(template, layouts)
+    heads = [n for n in template.checkpoint.tensors if mine.layout.place(n).role == "head"]
     head_merged = any(not any(p.search(n) for p in excluded) for n in heads)
     for other in others:
         for difference in config_differences(template.checkpoint.config, other.checkpoint.config):
-            if not difference.matters:
-                continue
-            labels = difference.key in ("id2label", "label2id")
-            mine, theirs = _short(difference.a), _short(difference.b)
-            sentence = f"{difference.key} is {mine} in {template.name} and {theirs} in {other.name}"
+            labels = difference.key in LABEL_KEYS
             if labels and not head_merged:
                 continue
-            if labels or not decided:
-                fix = "exclude the head from the merge" if labels else f"choose one by config_from: {template.name}"
-                raise UserError("RG207", sentence, where=where, fix=fix)
-            remarks.append(sentence)
+            for obstacle in of_config(mine, _compared(other, layouts), [difference], ignore=frozenset()):
+                if labels or not decided:
+                    raise UserError(obstacle.code, obstacle.reason, where=where, fix=obstacle.fix)
+                remarks.append(obstacle.reason)
     return remarks
 
 
@@ -111,11 +101,6 @@ def _compared(member: Member, layouts: Mapping[str, Layout]) -> Model:
 @lru_cache(maxsize=128)  # by identity: the steps of a recipe share their inputs
 def _tokenizer(checkpoint: Checkpoint) -> TokenizerFacts | None:
     return tokenizer(checkpoint)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def matching(name: str, reference: TensorSource, member: Member, *, layout: Layout, where: str) -> TensorSource:

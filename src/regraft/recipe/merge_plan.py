@@ -145,7 +145,7 @@ def plan_merge(
     if not sliced:
         check_architecture(template, everyone, layouts, where=step.where)
     remarks = check_config(
-        template, everyone, decided=bool(step.config_from) or sliced, excluded=excluded, layout=own, where=step.where
+        template, everyone, layouts, decided=bool(step.config_from) or sliced, excluded=excluded, where=step.where
     )
     embedding = any(own.place(n).role == "embedding" and _kept(n, excluded) for n in template.checkpoint.tensors)
     free = bool(step.tokenizer_from) or not embedding or step.dialect == "mergekit"
