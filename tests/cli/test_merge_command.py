@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -134,3 +136,11 @@ def test_ctrl_c_leaves_nothing(cli, recipe: Path, tmp_path: Path, monkeypatch: p
     assert done.exit_code == 130
     assert done.stderr.endswith("interrupted; nothing was written\n")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_run_leaves_a_page_that_needs_nothing_else(cli: Callable[..., Any], recipe: Path, tmp_path: Path) -> None:
+    result = cli("run", recipe, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "merged" in page
+    assert "https://" not in page.replace("https://arxiv.org", "")

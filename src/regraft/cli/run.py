@@ -69,14 +69,21 @@ def run(
     terminal.interrupted = f"finished steps are kept in {folder}, and a new run goes on from there"
     with TerminalProgress(terminal) as progress:
         result = run_recipe(document, folder, settings, progress)
+    from regraft.report.page import write_page
+    from regraft.report.run import run_sections
+
+    page = write_page(
+        result.out / "report.html", title=recipe.stem, sections=run_sections(result.evaluations, result.artefacts)
+    )
     if as_json:
         artefacts = {name: str(path) for name, path in result.artefacts.items()}
         evaluations = [asdict(e) for e in result.evaluations]
-        terminal.json({"out": str(result.out), "artefacts": artefacts, "evaluations": evaluations})
+        terminal.json({"out": str(result.out), "artefacts": artefacts, "evaluations": evaluations, "report": str(page)})
         return
     for name in result.artefacts:
         terminal.line(f"{name}: {result.out / name}")
     _show_scores(terminal, result.evaluations)
+    terminal.line(f"report: {page}")
 
 
 def _show_scores(terminal: Terminal, evaluations: Sequence[Evaluation]) -> None:

@@ -16,7 +16,7 @@ from regraft.recipe.fields import Field
 
 _NAME = re.compile(r"\w[\w.-]*")
 # What `regraft run` keeps beside the links that it names after steps.
-_TAKEN = ("artefacts", "scores.json")
+_TAKEN = ("artefacts", "scores.json", "report.html")
 
 
 @dataclass
