@@ -1,0 +1,150 @@
+"""Every recipe and every piece of Python in the README and the documentation runs, on tiny models of the same names."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from farm_tools import write_tokenizer
+from models import save_fine_tune, save_model
+
+from regraft.merge.rule import Rule
+from regraft.methods import Options
+from regraft.recipe import EvaluateStep, load_recipe
+from regraft.recipe.run import run
+
+ROOT = Path(__file__).parents[2]
+LAYERS = 32  # as the recipes' slices have it
+MODELS = ("org/maths", "org/code", "org/instruct", "domain", "tuned")
+BLOCK = re.compile(r'^```(yaml|python)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+
+
+def load_generate() -> Any:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["generate"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def texts() -> dict[str, str]:
+    """All pages: those on disk by their path, the generated ones by their path in the site."""
+    written = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    made = load_generate().pages()
+    return {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in written} | made
+
+
+PAGES = texts()
+
+
+def blocks(language: str) -> list[Any]:
+    found = []
+    for page, text in PAGES.items():
+        for number, match in enumerate(BLOCK.finditer(text)):
+            if match[1] == language and page not in ("changelog.md", "contributing.md"):
+                found.append(pytest.param(page, match[2], match[3], id=f"{page}-{match[2] or number}"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder per kind of model, in it a base, fine-tunes of it, and data."""
+    root = tmp_path_factory.mktemp("docs")
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    for kind, changes in {
+        "llama": small | {"num_hidden_layers": LAYERS, "num_key_value_heads": 1},
+        "bert": small,
+        "vit": small,
+    }.items():
+        base = save_model(root / kind / "org" / "base", kind, **changes)
+        for seed, name in enumerate(MODELS, 1):
+            save_fine_tune(root / kind / name, base, seed)
+        for folder in (base, *(root / kind / name for name in MODELS)):
+            if kind != "vit":
+                write_tokenizer(folder)
+    words = [f"w{i}" for i in range(40)]
+    rows = [{"text": " ".join(words[i : i + 20])} for i in range(8)]
+    for name in ("texts", "domain", "general", "test"):
+        write(root / "llama" / f"{name}.jsonl", rows)
+    pairs = [{"sentence1": words[i], "sentence2": words[i + 1], "score": i} for i in range(8)]
+    write(root / "bert" / "test.jsonl", pairs)
+    pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).tolist()
+    write(root / "vit" / "test.jsonl", [{"pixel_values": p, "label": i} for i, p in enumerate(pixels)])
+    return root
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def workplace(farm: Path, text: str, folder: Path) -> Path:
+    """A folder in which the references and data of `text` are there."""
+    kind = "vit" if "accuracy" in text else "bert" if "similarity" in text else "llama"
+    for entry in (farm / kind).iterdir():
+        (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def check_run(path: Path, out: Path) -> None:
+    recipe = load_recipe(path)
+    result = run(recipe, out)
+    for step in recipe.steps:
+        if isinstance(step, EvaluateStep):
+            scores = [e.score["value"] for e in result.evaluations if e.step == step.name]
+            assert len(scores) == len(step.models)
+            assert all(0 <= abs(score) < 1e6 for score in scores)
+        else:
+            made = json.loads((result.artefacts[step.name] / "regraft.json").read_text(encoding="utf-8"))
+            assert made["method"] == step.method
+            assert made["output"]["tensors"] > 0
+            assert (result.artefacts[step.name] / "model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("page", "title", "text"), blocks("yaml"))
+def test_recipes_run(page: str, title: str | None, text: str, farm: Path, tmp_path: Path) -> None:
+    assert title, f"{page}: a block of YAML without title is not marked as a recipe"
+    path = workplace(farm, text, tmp_path) / title
+    path.write_text(text, encoding="utf-8")
+    check_run(path, tmp_path / "runs")
+
+
+@pytest.mark.parametrize(("page", "title", "text"), blocks("python"))
+def test_python_runs(
+    page: str, title: str | None, text: str, farm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace(farm, text, tmp_path))
+    recipes = {m[2]: m[3] for m in BLOCK.finditer(PAGES[page]) if m[1] == "yaml" and m[2]}
+    recipes.setdefault("recipe.yaml", next(m[3] for m in BLOCK.finditer(PAGES["README.md"]) if m[2] == "recipe.yaml"))
+    for name, recipe in recipes.items():
+        Path(name).write_text(recipe, encoding="utf-8")
+    if "out/merged" in text:
+        check_run(Path("recipe.yaml"), Path("out"))
+    names: dict[str, Any] = {}
+    exec(compile(text, f"{page} {title or ''}", "exec"), names)
+    if "capped" in names:
+        check_capped(names["capped"])
+
+
+def check_capped(function: Any) -> None:
+    """The rule of the architecture page does what it says, by hand."""
+    rule = Rule(
+        name="capped", room="merge", summary="", options=Options, function=function, needs_base=True, in_mergekit=False
+    )
+    base, delta = torch.zeros(5), torch.tensor([-4.0, 1.0, 3.0, -2.0, 0.5])
+    assert rule([base + delta], base=base).tolist() == [-2.0, 1.0, 2.0, -2.0, 0.5]
+
+
+def test_no_page_is_without_its_recipe() -> None:
+    generated = [page for page in PAGES if page.startswith("methods/") and page != "methods/index.md"]
+    assert len(generated) > 10
+    for page in generated:
+        assert "```yaml title=" in PAGES[page]
+        assert "```python" in PAGES[page] or "layer_swap" in page
