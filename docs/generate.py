@@ -62,7 +62,7 @@ def nav() -> list[dict[str, Any]]:
 
 
 def rule_table(link: str) -> str:
-    """All merge rules: name, what it does, models, base, paper. `link` is the place of a rule's page: `methods/{}.md`."""
+    """All merge rules. `link` is the place of a rule's page, such as `methods/{}.md`; "" for no links."""
     rows = ["| Rule | What it does | Models | Base | Paper |", "|---|---|---|---|---|"]
     for rule in methods("merge"):
         name = f"[`{rule.name}`]({link.format(rule.name)})" if link else f"`{rule.name}`"

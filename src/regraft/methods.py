@@ -22,7 +22,9 @@ ROOMS = {"merge": "regraft.merge.rules", "evaluate": "regraft.inspect.metrics"}
 class Options(BaseModel):
     """Base of all option classes: typed, bounded, described fields; unknown names are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 @dataclass(frozen=True)

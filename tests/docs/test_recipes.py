@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+
 from farm_tools import write_tokenizer
 from models import save_fine_tune, save_model
-
 from regraft.merge.rule import Rule
 from regraft.methods import Options
 from regraft.recipe import EvaluateStep, load_recipe
 from regraft.recipe.run import run
 
 ROOT = Path(__file__).parents[2]
-LAYERS = 32  # as the recipes' slices have it
 MODELS = ("org/maths", "org/code", "org/instruct", "domain", "tuned")
 BLOCK = re.compile(r'^```(yaml|python)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
@@ -59,12 +58,14 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder per kind of model, in it a base, fine-tunes of it, and data."""
     root = tmp_path_factory.mktemp("docs")
     small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-    for kind, changes in {
-        "llama": small | {"num_hidden_layers": LAYERS, "num_key_value_heads": 1},
-        "bert": small,
-        "vit": small,
-    }.items():
-        base = save_model(root / kind / "org" / "base", kind, **changes)
+    decoder = small | {"num_key_value_heads": 1}
+    for kind, family, changes in (
+        ("shallow", "llama", decoder | {"num_hidden_layers": 4}),
+        ("deep", "llama", decoder | {"num_hidden_layers": 32}),  # as the recipes' slices have it
+        ("bert", "bert", small),
+        ("vit", "vit", small),
+    ):
+        base = save_model(root / kind / "org" / "base", family, **changes)
         for seed, name in enumerate(MODELS, 1):
             save_fine_tune(root / kind / name, base, seed)
         for folder in (base, *(root / kind / name for name in MODELS)):
@@ -73,7 +74,7 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [f"w{i}" for i in range(40)]
     rows = [{"text": " ".join(words[i : i + 20])} for i in range(8)]
     for name in ("texts", "domain", "general", "test"):
-        write(root / "llama" / f"{name}.jsonl", rows)
+        write(root / "shallow" / f"{name}.jsonl", rows)
     pairs = [{"sentence1": words[i], "sentence2": words[i + 1], "score": i} for i in range(8)]
     write(root / "bert" / "test.jsonl", pairs)
     pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).tolist()
@@ -87,7 +88,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def workplace(farm: Path, text: str, folder: Path) -> Path:
     """A folder in which the references and data of `text` are there."""
-    kind = "vit" if "accuracy" in text else "bert" if "similarity" in text else "llama"
+    needs = {"accuracy": "vit", "similarity": "bert", ", 32]": "deep"}
+    kind = next((kind for word, kind in needs.items() if word in text), "shallow")
     for entry in (farm / kind).iterdir():
         (folder / entry.name).symlink_to(entry)
     return folder

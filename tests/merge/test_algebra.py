@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import regraft.merge as merge
 from regraft.checkpoint.tensor import BLOCK
 from regraft.errors import UserError
-from regraft.merge.rule import Rule
+from regraft.merge.rule import REQUIRED, Rule
 from regraft.methods import methods
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -97,6 +97,17 @@ def test_chunk_size_and_workers_never_change_a_byte(rule: Rule) -> None:
         reference = rule(models, base=base, workers=1, chunk=1 << 22, **options)
         for workers, chunk in ((1, BLOCK), (3, 2 * BLOCK)):
             assert equal(rule(models, base=base, workers=workers, chunk=chunk, **options), reference), options
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.in_mergekit], ids=lambda r: r.name)
+def test_mergekits_meaning_is_one_that_the_rule_can_take(rule: Rule) -> None:
+    n = count(rule, 2)
+    defaults = {option: 0.5 if value is REQUIRED else value for option, value in rule.mergekit_defaults.items()}
+    options = rule.resolve(n, defaults).model_dump(by_alias=True)
+    assert all(options[name] in (value, (value,) * n) for name, value in defaults.items())
+    for option, table in rule.mergekit_values.items():
+        for ours in table.values():
+            assert rule.resolve(n, {option: ours}).model_dump(by_alias=True)[option] == ours
 
 
 @pytest.mark.parametrize("rule", RULES, ids=NAMES)
@@ -214,3 +225,9 @@ def test_a_module_that_is_no_rule_is_named() -> None:
     with pytest.raises(AttributeError, match="no rule 'tiess'; there are breadcrumbs"):
         merge.tiess  # noqa: B018
     assert set(NAMES) <= set(dir(merge))
+
+
+def test_options_must_be_finite() -> None:
+    with pytest.raises(UserError, match="weight is nan: input should be a finite number") as error:
+        merge.linear([torch.ones(3)], weight=float("nan"))
+    assert error.value.code == "RG303"

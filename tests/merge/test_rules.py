@@ -169,6 +169,7 @@ def test_breadcrumbs(tensors) -> None:
     close(merge.breadcrumbs(models, base=base, density=[0.9, 0.5, 1.0], gamma=[0.01, 0.2, 0.05]), expected)
 
 
+@pytest.mark.filterwarnings("ignore:the models point away")
 @pytest.mark.parametrize("filter_wise", [False, True])
 def test_model_stock(tensors, filter_wise: bool) -> None:
     base, models = tensors
