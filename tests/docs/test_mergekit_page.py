@@ -1,0 +1,105 @@
+"""What the page on mergekit says of defaults and refusals is what the registry and the reader do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regraft.errors import UserError
+from regraft.merge.rule import REQUIRED, Rule, field_names
+from regraft.methods import methods
+from regraft.recipe import parse_recipe
+from regraft.recipe.yaml_file import scalar
+
+PAGE = (Path(__file__).parents[2] / "docs" / "mergekit.md").read_text(encoding="utf-8")
+MODELS = "models: [{model: org/a, parameters: {weight: 1}}, {model: org/b, parameters: {weight: 1}}]\n"
+TIES = f"merge_method: ties\nbase_model: org/base\n{MODELS}"
+SLICE = "{{{base}sources: [{{model: org/a, layer_range: [0, 1]}}, {{model: org/b, layer_range: [0, 1]}}]{more}}}"
+LINEAR_SLICES = "merge_method: linear\nslices: [{}]\nparameters: {{weight: 1}}\n"
+
+
+def rows(text: str) -> list[list[str]]:
+    """The body of the first table in `text`."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def between(start: str, end: str) -> str:
+    assert PAGE.count(start) == PAGE.count(end) == 1
+    return PAGE.partition(start)[2].partition(end)[0]
+
+
+def cell_value(cell: str) -> Any:
+    return scalar(cell.strip("`"))
+
+
+def own_default(rule: Rule[Any], option: str) -> Any:
+    value = rule.options.model_fields[field_names(rule.options)[option]].get_default(call_default_factory=True)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def test_two_defaults_are_those_of_the_registry() -> None:
+    written = {}
+    for rule, option, own, theirs in rows(between("<!-- two-defaults -->", "<!-- /two-defaults -->")):
+        key = rule.strip("`"), option.strip("`")
+        ours = re.search(r"\(our (`[^`]+`)\)", theirs)
+        spelt = cell_value(theirs.partition(" (")[0])
+        written[key] = (cell_value(own), spelt, cell_value(ours[1]) if ours else spelt)
+    registered = {}
+    for method in methods("merge"):
+        assert isinstance(method, Rule)
+        for option, theirs in method.mergekit_defaults.items():
+            if method.in_mergekit and theirs != own_default(method, option):
+                spellings = {ours: given for given, ours in method.mergekit_values.get(option, {}).items()}
+                spelt = "required" if theirs is REQUIRED else spellings.get(theirs, theirs)
+                registered[method.name, option] = (own_default(method, option), spelt, theirs)
+    assert written == registered
+    assert len(written) > 10
+
+
+REFUSED = {
+    "`merge_method: pcb`": [TIES.replace("ties", name) for name in ("pcb", "layer_swap")],
+    "`modules`": [f"{TIES}modules: {{text: {{}}}}\n"],
+    "`name`": [f"{TIES}name: one\n", f"{TIES}---\n{TIES}"],
+    "`base_model`": [
+        LINEAR_SLICES.format(", ".join(SLICE.format(base=f"base_model: org/{b}, ", more="") for b in ("a", "b")))
+    ],
+    "`tokenizer_source: union`": [
+        f"{TIES}{line}\n"
+        for line in ("tokenizer_source: union", "tokenizer: {source: union}", "tokenizer: {pad_to_multiple_of: null}")
+    ],
+    "`tokens`": [f"{TIES}tokenizer: {{source: base, tokens: {{x: {{source: org/a}}}}}}\n"],
+    "`pad_to_multiple_of`": [f"{TIES}tokenizer: {{source: base, pad_to_multiple_of: 8}}\n"],
+    "`chat_template: chatml`": [f"{TIES}chat_template: {name}\n" for name in ("chatml", "llama3")],
+    "`residual_weight`": [LINEAR_SLICES.format(SLICE.format(base="", more=", residual_weight: 0.1"))],
+    "`override_architecture`": [
+        TIES.replace("model: org/a", "model: {model: org/a, override_architecture: LlamaForCausalLM}")
+    ],
+}
+
+
+def refused_rows() -> list[str]:
+    return [row[0] for row in rows(PAGE.partition("## What is refused")[2])]
+
+
+@pytest.mark.parametrize("row", refused_rows())
+def test_what_the_page_says_is_refused_is_refused(row: str) -> None:
+    if row.startswith("`merge_method: della`"):
+        names = [name.removeprefix("merge_method: ") for name in re.findall(r"`([^`]+)`", row)]
+        files = [TIES.replace("ties", name) for name in names]
+    else:
+        files = next(files for start, files in REFUSED.items() if row.startswith(start))
+    for text in files:
+        with pytest.raises(UserError) as caught:
+            parse_recipe(text)
+        assert caught.value.code == "RG309", text
+
+
+def test_the_files_are_refused_for_nothing_else() -> None:
+    """Without what is refused, they are read."""
+    assert len(refused_rows()) == len(REFUSED) + 1
+    for text in (TIES, LINEAR_SLICES.format(SLICE.format(base="", more=""))):
+        assert parse_recipe(text).steps[0].dialect == "mergekit"  # type: ignore[union-attr]
