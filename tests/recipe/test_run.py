@@ -136,6 +136,7 @@ def test_lineage_and_card_say_what_was_done(llamas: Path, tmp_path: Path) -> Non
     assert abs(lineage.diagnostics["cosine"][0][1]) < 0.1
     assert 0.3 < lineage.diagnostics["sign_conflict"] < 0.6
     assert len(lineage.diagnostics["layers"]) == 4
+    assert lineage.diagnostics["independence"].startswith("task vectors are nearly independent: the largest cosine is")
     card = (out / "README.md").read_text()
     assert "ties" in card
     assert str(tmp_path) not in card + (out / "regraft.json").read_text()
@@ -430,3 +431,14 @@ def test_tokenizers_must_agree_or_be_chosen(llamas: Path, tmp_path: Path) -> Non
     assert any("different tokenizers" in w for w in Lineage.read(out).warnings)
     make_plan(recipe(tmp_path, THREE + "steps:\n  x: {merge: linear, models: [base, a]}\n"))
     make_plan(recipe(tmp_path, THREE + f"steps:\n  x: {{{body}, exclude: [embed_tokens]}}\n"))
+
+
+@pytest.mark.parametrize("rule", ["ties", "dare_ties", "pcb", "model_stock"])
+def test_files_are_the_same_for_any_workers_and_chunks(rule: str, llamas: Path, tmp_path: Path) -> None:
+    made = recipe(llamas, THREE + f"steps:\n  x: {{merge: {rule}, base: base, models: [a, b]}}\n")
+    outputs = []
+    for i, settings in enumerate(
+        (Settings(workers=1), Settings(workers=3, chunk=1), Settings(workers=2, chunk=1 << 20))
+    ):
+        outputs.append((merge(made, tmp_path / str(i), settings) / "model.safetensors").read_bytes())
+    assert outputs[0] == outputs[1] == outputs[2]

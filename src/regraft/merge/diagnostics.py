@@ -106,17 +106,30 @@ class TaskVectorStatistics:
                 key = (info.stack, info.layer)
                 layers.setdefault(key, _Sums.empty(self.n)).add(sums)
         facts = total.facts()
+        cosines = total.cosines()
         relative = [_digits(n / facts["base_norm"]) if facts["base_norm"] else 0.0 for n in facts["norms"]]
         return {
             "models": list(names),
             **facts,
             "relative_norms": relative,
-            "cosine": total.cosines(),
+            "cosine": cosines,
+            **({"independence": _independence(names, cosines)} if self.n > 1 else {}),
             "layers": [
                 {"stack": stack, "layer": layer, **sums.facts()} for (stack, layer), sums in sorted(layers.items())
             ],
             "tensors": {name: sums.facts() for name, (_, sums) in sorted(self._tensors.items())},
         }
+
+
+def _independence(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> str:
+    """How near to orthogonal the task vectors are, by the pair that is farthest from it."""
+    pairs = [(abs(cosines[i][j]), i, j) for i in range(len(names)) for j in range(i)]
+    _, i, j = max(pairs)
+    cosine = cosines[i][j]
+    kind = "nearly independent" if abs(cosine) < 0.1 else "related" if abs(cosine) < 0.5 else "much alike"
+    if cosine <= -0.5:
+        kind = "opposed"
+    return f"task vectors are {kind}: the largest cosine is {cosine:.3g} ({names[j]}, {names[i]})"
 
 
 def _gram(rows: Tensor) -> Tensor:

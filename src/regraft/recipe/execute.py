@@ -69,6 +69,9 @@ def execute(
         lineage.write(writer.staging)
         write_card(writer.staging, lineage, parents, recipe=recipe.text, name=_title(plan, out), registered=plan.rule)
         writer.publish()
+    if found := lineage.diagnostics.get("independence"):
+        conflict = lineage.diagnostics["sign_conflict"]
+        progress.message(f"{plan.step.name}: {found}; {conflict:.0%} of the changes conflict in sign")
     for warning in lineage.warnings:
         progress.message(f"note: {plan.step.name}: {warning}")
     return lineage
