@@ -9,7 +9,8 @@ import torch
 
 import regraft.merge as merge
 from regraft.checkpoint.tensor import BLOCK, MemoryTensor
-from regraft.merge.engine import Job, run_jobs
+from regraft.merge.engine import run_jobs
+from regraft.merge.jobs import Job
 from regraft.merge.rule import TensorInfo
 from regraft.methods import method
 

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from regraft.checkpoint.tensor import BLOCK, MemoryTensor
 from regraft.errors import UserError
-from regraft.merge.engine import Job, fit_memory, group, predict_memory, run_jobs
+from regraft.merge.engine import run_jobs
+from regraft.merge.jobs import Job, fit_memory, group, predict_memory
 from regraft.merge.rule import Chunk, Copy, Rule, Steps, TensorInfo, Unit
 from regraft.merge.statistics import OrderStatistic, Sum
 from regraft.methods import Options

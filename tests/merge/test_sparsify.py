@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import regraft.merge as merge
 from regraft.checkpoint.tensor import BLOCK, MemoryTensor
-from regraft.merge.engine import Job, Outcome, run_jobs
+from regraft.merge.engine import Outcome, run_jobs
+from regraft.merge.jobs import Job
 from regraft.merge.rule import TensorInfo
 from regraft.merge.sparsify import reaching
 from regraft.methods import method

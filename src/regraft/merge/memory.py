@@ -11,7 +11,7 @@ from torch import Tensor
 from regraft.axes import layout
 from regraft.checkpoint.tensor import MemoryTensor
 from regraft.errors import UserError
-from regraft.merge.engine import Job
+from regraft.merge.jobs import Job
 from regraft.merge.rule import Rule, TensorInfo
 
 

@@ -12,7 +12,7 @@ import torch
 from regraft.axes import Layout
 from regraft.checkpoint import TensorSource
 from regraft.errors import UserError
-from regraft.merge.engine import Job
+from regraft.merge.jobs import Job
 from regraft.merge.rule import Rule, TensorInfo
 from regraft.recipe.document import Input, MergeStep, Setting
 from regraft.recipe.fit import Member, matching

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from regraft.checkpoint.tensor import MemoryTensor
-from regraft.merge.engine import DEFAULT_CHUNK, Job, run_jobs
+from regraft.merge.engine import run_jobs
+from regraft.merge.jobs import DEFAULT_CHUNK, Job
 from regraft.merge.rule import TensorInfo
 
 # Disk and page cache, both ways: what a laptop's solid-state disk sustains. Only the estimate depends on it.

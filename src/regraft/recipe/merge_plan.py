@@ -17,7 +17,7 @@ from regraft.checkpoint.tensor import nbytes
 from regraft.checkpoint.writer import TensorSpec, size_on_disk
 from regraft.errors import UserError
 from regraft.inspect.distance import Distance, relative_distance
-from regraft.merge.engine import Job, group
+from regraft.merge.jobs import Job, group
 from regraft.merge.rule import Rule
 from regraft.methods import method
 from regraft.recipe.build import Builder, Piece

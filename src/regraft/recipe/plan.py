@@ -11,7 +11,7 @@ from typing import Any
 
 from regraft.checkpoint import open_checkpoint
 from regraft.errors import UserError
-from regraft.merge.engine import DEFAULT_CHUNK, Job, default_workers, fit_memory, predict_memory
+from regraft.merge.jobs import DEFAULT_CHUNK, Job, default_workers, fit_memory, predict_memory
 from regraft.methods import Options, method
 from regraft.recipe.document import EvaluateStep, MergeStep, Recipe
 from regraft.recipe.estimate import estimate_seconds, process_memory

@@ -1,0 +1,119 @@
+"""What the engine works on: one job per output tensor, grouped by what is decided on together, and what it costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from regraft.checkpoint.tensor import BLOCK, TensorSource
+from regraft.errors import UserError
+from regraft.merge.rule import Rule, TensorInfo
+from regraft.methods import Options
+
+# Elements; a chunk of a few models then stays in the processor cache, and below the sizes that malloc maps anew.
+DEFAULT_CHUNK = 1 << 16
+# Tensors of chunk length that a rule holds at its peak, per model row (measured over the rules; used for estimates).
+_ROWS_PER_MODEL = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output tensor: by a rule from the same tensor of several models, or (`rule=None`) a bit-exact copy.
+
+    `labels` name the models in messages, the base last.
+    """
+
+    info: TensorInfo
+    models: tuple[TensorSource, ...]
+    out_dtype: torch.dtype
+    rule: Rule[Any] | None = None
+    options: Options | None = None
+    base: TensorSource | None = None
+    labels: tuple[str, ...] = ()
+
+    @property
+    def scope(self) -> str:
+        return "tensor" if self.rule is None else self.rule.scope(self.options)
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """float64 if any input is, else float32."""
+        sources = (*self.models, self.base) if self.base is not None else self.models
+        return torch.float64 if any(s.dtype == torch.float64 for s in sources) else torch.float32
+
+
+def group(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs that are decided on together, in order.
+
+    Raises:
+        UserError: RG303 if an option that must be the same for the whole model is not.
+    """
+    units: list[list[Job]] = []
+    whole: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.rule is None or job.scope == "tensor":
+            units.append([job])
+            continue
+        if job.rule.name not in whole:
+            whole[job.rule.name] = []
+            units.append(whole[job.rule.name])
+        _check_same(whole[job.rule.name], job)
+        whole[job.rule.name].append(job)
+    return units
+
+
+def _check_same(unit: list[Job], job: Job) -> None:
+    if not unit:
+        return
+    rule, first = job.rule, unit[0]
+    assert rule is not None
+    if len(job.models) != len(first.models):
+        what = f"{rule.name} looks at the whole model, but {job.info.name} has {len(job.models)} models"
+        raise UserError(
+            "RG303", what, where=f"{first.info.name} has {len(first.models)}", fix="set its scope to tensor"
+        )
+    for name in rule.model_wide:
+        here, there = getattr(job.options, name), getattr(first.options, name)
+        if here != there:
+            what = f"{rule.name} looks at the whole model, but {name} varies: {there} and {here}"
+            where = f"{first.info.name} and {job.info.name}"
+            raise UserError("RG303", what, where=where, fix=f"use one {name}, or set the rule's scope to tensor")
+
+
+def default_workers() -> int:
+    """As many threads as this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def predict_memory(jobs: Sequence[Job], workers: int, chunk: int) -> int:
+    """Peak bytes of tensors held by a run, beside the interpreter and its libraries."""
+    largest = 0
+    for job in jobs:
+        length = min(chunk, max(job.info.numel, 1))
+        rows = (len(job.models) + 1) * _ROWS_PER_MODEL if job.rule is not None else 1
+        largest = max(largest, length * rows * job.arithmetic.itemsize)
+    return largest * workers
+
+
+def fit_memory(jobs: Sequence[Job], limit: int, *, workers: int, chunk: int) -> tuple[int, int]:
+    """(workers, chunk) that keep `predict_memory` below `limit` bytes.
+
+    Raises:
+        UserError: RG403 with the number needed.
+    """
+    while predict_memory(jobs, workers, chunk) > limit:
+        if chunk > BLOCK:
+            chunk = max(BLOCK, chunk // 2 // BLOCK * BLOCK)
+        elif workers > 1:
+            workers -= 1
+        else:
+            need = predict_memory(jobs, workers, chunk)
+            what = (
+                f"the run needs {need / 1e6:.0f} MB beside the program itself, and {limit / 1e6:.0f} MB are left for it"
+            )
+            raise UserError("RG403", what, fix="raise --max-memory, or merge fewer models in one step")
+    return workers, chunk
