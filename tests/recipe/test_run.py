@@ -105,6 +105,17 @@ def test_merging_a_merge_equals_merging_by_hand(llamas: Path, tmp_path: Path) ->
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6)
     assert (tmp_path / "out.steps" / "artefacts").is_dir()
     assert Lineage.read(out).inputs[0].name == "soup"
+    changed = recipe(
+        llamas,
+        THREE + "steps:\n  soup: {merge: linear, models: [a, b]}\n  end: {merge: linear, models: [soup, base]}\n",
+    )
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="not empty") as error:
+        merge(changed, out)
+    assert error.value.code == "RG401"
+    assert (out / "model.safetensors").read_bytes() == before
+    merge(changed, out, Settings(force=True))
+    assert (out / "model.safetensors").read_bytes() != before
 
 
 def test_merge_is_up_to_date_until_something_changes(llamas: Path, tmp_path: Path) -> None:

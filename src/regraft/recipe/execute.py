@@ -32,10 +32,9 @@ def execute(
     """
     lineage = _begin(plan, recipe)
     collector = TaskVectorStatistics(len(plan.inputs)) if plan.rule.needs_base else None
-    force = settings.force or (out.exists() and (out / "regraft.json").exists())
     with (
         warnings.catch_warnings(record=True) as remarks,
-        ModelWriter(out, plan.specs, shard_bytes=settings.shard_bytes, force=force) as writer,
+        ModelWriter(out, plan.specs, shard_bytes=settings.shard_bytes, force=settings.force) as writer,
     ):
         warnings.simplefilter("always", UserWarningMessage)
         copy_sidecars(

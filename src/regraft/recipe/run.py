@@ -106,6 +106,8 @@ def merge(recipe: Recipe, out: Path, settings: Settings | None = None, progress:
         if _key_at(out) == chosen.key:
             progress.message(f"{out} is up to date")
             return out
+        if not settings.force and out.exists() and any(out.iterdir()):
+            raise _not_empty(out)
         workers, chunk, _ = size_run(chosen.jobs, settings)
         execute(chosen, out, recipe, settings, workers=workers, chunk=chunk, progress=progress)
     return out
@@ -155,9 +157,13 @@ def _check_output(out: Path, plan: Plan, settings: Settings) -> None:
         return
     if (out / FILE_NAME).exists() and len(plan.merges) > 1:
         return  # whether it is up to date is known when the earlier steps are done
+    raise _not_empty(out)
+
+
+def _not_empty(out: Path) -> UserError:
     is_model = (out / "config.json").exists() or (out / FILE_NAME).exists()
     fix = "name another folder" + (", or give --force to replace the model in it" if is_model else "")
-    raise UserError("RG401", "the output folder is not empty", where=str(out), fix=fix)
+    return UserError("RG401", "the output folder is not empty", where=str(out), fix=fix)
 
 
 def _key_at(folder: Path) -> str:
