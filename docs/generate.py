@@ -70,17 +70,6 @@ def rule_table(link: str) -> str:
     return "\n".join(rows)
 
 
-def two_defaults() -> str:
-    """Every option that means something else in a mergekit recipe than in regraft's own."""
-    rows = ["| Rule | Option | In regraft's recipes | In mergekit recipes |", "|---|---|---|---|"]
-    for rule in methods("merge"):
-        for option in option_facts(rule):
-            theirs = _in_mergekit(rule, option)
-            if theirs and theirs != _default(option):
-                rows.append(f"| `{rule.name}` | `{option['name']}` | {_default(option)} | {theirs} |")
-    return "\n".join(rows)
-
-
 def families() -> str:
     """The model types whose layers are known from a table."""
     return ", ".join(f"`{name}`" for name in sorted(FAMILIES))

@@ -11,7 +11,6 @@ from mkdocs.structure.files import File
 TABLES = {
     "rules": lambda: generate.rule_table("methods/{}.md"),
     "families": generate.families,
-    "two-defaults": generate.two_defaults,
 }
 
 
