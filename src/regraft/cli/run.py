@@ -11,6 +11,7 @@ import typer
 
 from regraft.cli import options as opt
 from regraft.cli.plan import show_plan
+from regraft.cli.probe import show_probes
 from regraft.cli.progress import TerminalProgress
 from regraft.cli.terminal import Terminal
 
@@ -83,6 +84,7 @@ def run(
     for name in result.artefacts:
         terminal.line(f"{name}: {result.out / name}")
     _show_scores(terminal, result.evaluations)
+    show_probes(terminal, result.evaluations)
     terminal.line(f"report: {page}")
 
 

@@ -22,6 +22,31 @@ from regraft.errors import UserError, nearest
 from regraft.methods import Method, Options, Paper, register
 
 
+class Answer(BaseModel):
+    """What a model makes of one input, in words; some metrics keep these beside the number.
+
+    Attributes:
+        input: the input in words: its text, or the name of its file or row.
+        output: the label's name, the text that was written, the filling of the gap, or the nearest other input.
+        value: how sure the model is, from 0 to 1; for encoders a cosine, from -1 to 1. None where there is no output.
+        truth: the row's label in words, None where it has none.
+        right: whether the output is the true one, None where there is no label.
+        alternatives: the outputs that came next, each with its value, best first.
+        remarks: what is odd about the output.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input: str
+    output: str
+    value: float | None = None
+    truth: str | None = None
+    right: bool | None = None
+    alternatives: tuple[tuple[str, float], ...] = ()
+    remarks: tuple[str, ...] = ()
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+
 class Score(BaseModel):
     """What a metric found.
 
@@ -33,6 +58,7 @@ class Score(BaseModel):
         interval: 95 % interval of `value`, or None where there is too little data for one.
         per_group: the same, for the rows of each group, in the order in which the groups appear.
         notes: facts that belong to the number: how many texts were cut, the label names, ...
+        answers: what the model made of each input, from metrics that look at a few inputs one by one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +70,7 @@ class Score(BaseModel):
     interval: tuple[float, float] | None = None
     per_group: dict[str, Score] = Field(default_factory=dict)
     notes: dict[str, Any] = Field(default_factory=dict)
+    answers: tuple[Answer, ...] = ()
 
 
 class MetricOptions(Options):
