@@ -453,3 +453,17 @@ def test_files_are_the_same_for_any_workers_and_chunks(rule: str, llamas: Path, 
     ):
         outputs.append((merge(made, tmp_path / str(i), settings) / "model.safetensors").read_bytes())
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_the_key_of_data_covers_the_images_beside_it(tmp_path: Path) -> None:
+    from regraft.recipe.run import _data_key
+
+    (tmp_path / "pictures").mkdir()
+    data, picture = tmp_path / "test.jsonl", tmp_path / "pictures" / "a.png"
+    data.write_text('{"image": "pictures/a.png", "label": 0}\n')
+    picture.write_bytes(b"1")
+    first = _data_key(data)
+    picture.write_bytes(b"22")
+    second = _data_key(data)
+    data.write_text('{"image": "pictures/a.png", "label": 1}\n')
+    assert len({str(k) for k in (first, second, _data_key(data))}) == 3

@@ -27,17 +27,18 @@ def show_probes(terminal: Terminal, evaluations: Sequence[Evaluation]) -> None:
         if one.score.get("answers"):
             steps.setdefault(one.step, {})[one.model] = one.score
     for step, scores in steps.items():
-        terminal.out.print(probe_table(step, scores))
+        starred = f" ({CHANGED.strip()} differs from {next(iter(scores))})" if len(scores) > 1 else ""
+        terminal.out.print(f"{step}{starred}", markup=False)
+        terminal.out.print(probe_table(scores))
         for model, score in scores.items():
             for remark in score.get("notes", {}).get("remarks", ()):
                 terminal.note(f"{step}, {model}: {remark}")
 
 
-def probe_table(title: str, scores: Mapping[str, Mapping[str, Any]]) -> Table:
+def probe_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     """One step's answers: a row per input, a column per model, "output value" in the cells.
 
     Args:
-        title: the step's name.
         scores: model -> its score as plain data, with `answers` to the same inputs in the same order; at least one.
     """
     from rich.table import Table
@@ -46,8 +47,7 @@ def probe_table(title: str, scores: Mapping[str, Mapping[str, Any]]) -> Table:
     answers = {model: score["answers"] for model, score in scores.items()}
     first = next(iter(answers.values()))
     labelled = any(a["truth"] is not None for a in first)
-    starred = f" ({CHANGED.strip()} differs from {next(iter(answers))})" if len(answers) > 1 else ""
-    table = Table(title=Text(f"{title}{starred}"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("input")
     if labelled:
         table.add_column("label")

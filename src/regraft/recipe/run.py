@@ -217,7 +217,11 @@ def _folder_of(checkpoint: Checkpoint, name: str) -> Path:
     return checkpoint.path
 
 
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
 def _data_key(path: Path) -> list[Any]:
+    """What names the data: its bytes, and size and time of the images that a file's rows may name."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
@@ -225,6 +229,10 @@ def _data_key(path: Path) -> list[Any]:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
+    if path.is_file():
+        for picture in sorted(p for p in path.parent.rglob("*") if p.suffix.lower() in _PICTURES and p.is_file()):
+            status = picture.stat()
+            digest.update(f"{picture.relative_to(path.parent)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return [len(files), digest.hexdigest()]
 
 

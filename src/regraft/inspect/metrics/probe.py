@@ -21,9 +21,9 @@ models differ only by their weights. A chat template is applied only with `chat:
 
 The score is the share of right answers where the data has a column `label`: the label itself; for `generate` a text
 that the output begins with; for `embed` the label of the nearest other input. Without labels it is the mean value (the
-geometric mean for `generate`), which says how sure a model is, not whether it is right: a model that
-repeats one word can be very sure. The remarks tell of label names that say nothing (`LABEL_0`), outputs that are empty,
-equal to the input or caught in a loop, and of a model that answers every input alike.
+geometric mean for `generate`), which says how sure a model is, not whether it is right: a model that repeats one word
+can be very sure. The remarks tell of label names that say nothing (`LABEL_0`), outputs that are empty, equal to the
+input or caught in a loop, and of a model that answers every input alike.
 
 A few inputs show what changed; they do not measure it. For that there are `accuracy`, `perplexity` and `similarity`.
 """
