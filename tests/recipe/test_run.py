@@ -467,3 +467,27 @@ def test_the_key_of_data_covers_the_images_beside_it(tmp_path: Path) -> None:
     second = _data_key(data)
     data.write_text('{"image": "pictures/a.png", "label": 1}\n')
     assert len({str(k) for k in (first, second, _data_key(data))}) == 3
+
+
+def test_scores_join_the_lineage_and_the_card(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "vit")
+    save_fine_tune(tmp_path / "a", base, 1)
+    rows = [{"pixel_values": torch.rand(8, 8).tolist(), "label": i % 10} for i in range(20)]
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    text = (
+        "models: {base: ./base, a: ./a}\n"
+        "steps:\n  x: {merge: linear, models: [base, a]}\n  y: {merge: linear, models: [x, a]}\n"
+        "  look: {evaluate: accuracy, models: [base, x], data: test.jsonl}\n"
+    )
+    made = recipe(tmp_path, text)
+    first = run(made, tmp_path / "out")
+    score = Lineage.read(first.artefacts["x"]).scores[0]
+    assert (score.metric, score.data, list(score.before)) == ("accuracy", "test.jsonl", ["base"])
+    assert score.after == first.evaluations[1].score["value"]
+    assert "accuracy" in (first.artefacts["x"] / "README.md").read_text()
+    assert Lineage.read(first.artefacts["y"]).scores == []
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "artefacts").rglob("*") if p.is_file()}
+    told = Messages()
+    assert run(made, tmp_path / "out", progress=told).artefacts == first.artefacts
+    assert [line for line in told.lines if "done before" in line] == ["x: done before", "y: done before"]
+    assert stamps == {p: p.stat().st_mtime_ns for p in stamps}  # scores.json is outside

@@ -41,6 +41,8 @@ _SAMPLE_BYTES = 4096
 _EDGE_BYTES = 64
 _PIECE = 1 << 24
 _TEMPLATES = "additional_chat_templates"
+# What is told about a model may be added to, for example by scores, without its being another model.
+_TOLD = ("README.md", "regraft.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +268,7 @@ def _code(config: Mapping[str, Any], files: Mapping[str, Path]) -> list[str]:
 
 def _stamps(folder: Path, weights: Weights, files: Mapping[str, Path]) -> tuple[str, ...]:
     stamps = []
-    for path in (*weights.files, *files.values()):
+    for path in (*weights.files, *(p for name, p in files.items() if name not in _TOLD)):
         status = path.stat()
         name = path.relative_to(folder).as_posix()
         stamps.append(f"{name} {status.st_size} {status.st_mtime_ns}")

@@ -26,20 +26,10 @@ from regraft.recipe.fit import Member
 from regraft.recipe.merge_plan import plan_merge
 from regraft.recipe.plan import Members, Plan, make_plan, size_run
 from regraft.recipe.progress import Progress, Silent
+from regraft.recipe.scores import Evaluation, record_scores
 from regraft.recipe.settings import Settings
 
 __all__ = ["Evaluation", "Progress", "RunResult", "merge", "run"]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One score: which metric of which model on which data."""
-
-    step: str
-    metric: str
-    model: str
-    data: str
-    score: Mapping[str, Any]
 
 
 @dataclass
@@ -79,6 +69,8 @@ def run(recipe: Recipe, out: Path, settings: Settings | None = None, progress: P
         store.link(step.name, folder)
         members.planned[step.name] = Member(step.name, open_checkpoint(str(folder)))
     store.write("scores.json", [asdict(e) for e in result.evaluations])
+    for merged in plan.merges:
+        record_scores(merged, result.artefacts[merged.step.name], members, result.evaluations)
     return result
 
 
