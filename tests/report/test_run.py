@@ -99,3 +99,20 @@ def test_a_folder_without_lineage_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         run_sections([], {"x": tmp_path})
     assert caught.value.code == "RG105"
+
+
+def test_probes_show_answers_and_no_best_without_labels() -> None:
+    from regraft.recipe.run import Evaluation
+    from regraft.report.run import score_sections
+
+    def probed(model: str, output: str, truth: str | None) -> Evaluation:
+        answer = {"input": "one", "output": output, "value": 0.5, "truth": truth}
+        score = {"value": 0.5, "n": 1, "answers": [answer]}
+        return Evaluation("look", "probe", model, "probes.jsonl", score)
+
+    table, answers = score_sections("Scores", [probed("a", "x", None), probed("b", "y", None)], {})
+    assert table.columns[1].better is None
+    assert "(best)" not in table.html()
+    assert list(answers.rows[0]) == ["one", "x (0.50)", "y (0.50)"]
+    labelled, _ = score_sections("Scores", [probed("a", "x", "x"), probed("b", "y", "x")], {})
+    assert labelled.columns[1].better == "high"

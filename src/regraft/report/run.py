@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from regraft.checkpoint.lineage import Lineage
-from regraft.inspect.metric import Score
+from regraft.inspect.metric import Answer, Score
 from regraft.merge.rule import field_names
 from regraft.methods import method
 from regraft.report.charts import Bar, bars, heat_map, lines
@@ -82,7 +82,9 @@ def score_sections(title: str, evaluations: Sequence[Scored], kinds: Mapping[str
     first = next(iter(scores.values()))
     groups = list(dict.fromkeys(g for score in scores.values() for g in score.per_group))
     share = all(0 <= s.value <= 1 for s in scores.values()) and evaluations[0].metric == "accuracy"
-    better = "high" if first.higher_is_better else "low"
+    # Without labels the value of a probe says how sure a model is, not how good.
+    judged = not first.answers or any(answer.truth is not None for answer in first.answers)
+    better = ("high" if first.higher_is_better else "low") if judged else None
     style: dict[str, Any] = {"better": better, "percent": share, "digits": 1 if share else 3}
     columns = [Column("model"), Column(f"{evaluations[0].metric}{' %' * share}", **style)]
     columns += [Column(g, **style, shade=first.higher_is_better) for g in groups]
@@ -98,8 +100,10 @@ def score_sections(title: str, evaluations: Sequence[Scored], kinds: Mapping[str
             ]
         )
     caption = f"{first.n:,} {first.unit} per model. Small print: 95 % interval, taking rows as independent. "
-    caption += "The best of each column is bold."
+    caption += "The best of each column is bold." if judged else "The value says how sure a model is, not how good."
     table = Table(title, columns, rows, caption, [kinds.get(name, "model") for name in order])
+    if first.answers:
+        return [table, _answers(f"{title}: answers", {name: scores[name].answers for name in order})]
     if not share:
         return [table]
     chart = bars([Bar(n, scores[n].value, scores[n].interval, kinds.get(n, "model")) for n in order])
@@ -108,6 +112,17 @@ def score_sections(title: str, evaluations: Sequence[Scored], kinds: Mapping[str
     if len(bases) == 1 and len(order) > 1 and groups:
         parts.append(_against_base(f"{title}: gain over {bases[0]}", bases[0], scores, order, groups))
     return parts
+
+
+def _answers(title: str, answers: Mapping[str, Sequence[Answer]]) -> Table:
+    """What each model makes of each input."""
+    first = next(iter(answers.values()))
+    rows = [[asked.input, *(_said(own[i]) for own in answers.values())] for i, asked in enumerate(first)]
+    return Table(title, [Column("input"), *(Column(name) for name in answers)], rows, "Behind each answer: its value.")
+
+
+def _said(answer: Answer) -> str:
+    return answer.output if answer.value is None else f"{answer.output} ({answer.value:.2f})"
 
 
 def _against_base(
