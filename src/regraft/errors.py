@@ -21,7 +21,7 @@ CODES: dict[str, tuple[str, str]] = {
     "RG107": ("unsafe pickle", "A pickled weight file needs code to load; only plain tensors are accepted."),
     "RG108": ("adapter cannot be applied", "The PEFT adapter does not fit its base, or is of a kind that is no weight delta."),
     "RG109": ("unsupported weights", "Quantised or packed weights cannot be merged; float weights are needed."),
-    "RG110": ("remote code", "The model needs code from its own folder, which is only run with --trust-remote-code."),
+    "RG110": ("remote code", "The model needs code from its own folder, which is never run."),
     "RG111": ("damaged pickle", "A pickled weight file is truncated, compressed, or was not written by torch.save."),
     "RG201": ("shapes differ", "The same tensor has different shapes in two models."),
     "RG202": ("tensor missing", "A tensor that one model has is missing in another."),

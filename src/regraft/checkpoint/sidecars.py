@@ -121,7 +121,7 @@ def sidecar_files(
     elif code:
         names = ", ".join(sorted(code))
         warnings.warn(
-            f"{names} of the model's folder is code that was neither run nor copied; --trust-remote-code copies it",
+            f"{names} of the model's folder is code that was neither run nor copied",
             UserWarningMessage,
             stacklevel=2,
         )

@@ -10,7 +10,6 @@ import inspect
 import json
 import os
 import sys
-import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -82,10 +81,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     Adds --verbose, --quiet and --debug, which may stand before or behind the command's name, and turns exceptions into
     one line and an exit status.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
-    own = list(inspect.signature(function).parameters.values())[1:]
+    # Not typing.get_type_hints: in Python 3.10 it hides the options of parameters whose default is None.
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    parameters = [context, *(p.replace(annotation=hints[p.name]) for p in own)]
+    parameters = [context, *own]
     for name, annotation in _FLAGS.items():
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation))
 
