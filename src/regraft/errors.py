@@ -46,6 +46,7 @@ CODES: dict[str, tuple[str, str]] = {
     "RG403": ("too little memory", "The run cannot be done within the memory allowed."),
     "RG404": ("licences conflict", "The licences of the inputs do not agree; --accept-licenses goes on."),
     "RG405": ("output cannot be written", "The output's parent folder is missing or read-only."),
+    "RG406": ("no such device", "The device that --device names is not there, or torch was built without it."),
     "RG501": ("Hub unreachable", "The Hub did not answer, or the run is offline and the model is not in the local cache."),
     "RG502": ("not on the Hub", "The Hub has no such model or revision, or it is private."),
     "RG503": ("download broken", "A download ended early or does not match its size or hash."),

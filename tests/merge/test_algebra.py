@@ -76,6 +76,7 @@ BRANCHES: dict[str, list[dict[str, Any]]] = {
     "ties": [{"rescale": True, "trim_scope": "tensor"}, {"density": 1.0, "normalize": False}],
     "dare_linear": [{"rescale": "l1"}],
     "dare_ties": [{"rescale": "none", "normalize": True}],
+    "della": [{"rescale": "l1"}, {"rescale": "none", "normalize": False}],
     "breadcrumbs": [{"rescale": True, "density": 0.5, "gamma": 0.1}],
     "model_stock": [{"filter_wise": True}],
     "sce": [{"select_topk": 0.3}],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -167,9 +170,91 @@ def test_progress_ends_at_the_total() -> None:
 
 def test_observers_see_every_element_once() -> None:
     seen = []
+
+    class Lengths:
+        def observe(self, chunk: Chunk[Any]) -> None:
+            seen.append(chunk.length)
+
+        def facts(self, name: str) -> None:
+            return None
+
+        def restore(self, info: TensorInfo, facts: None) -> None:
+            raise AssertionError("nothing was finished before")
+
     jobs = jobs_for(CAPPED)
-    collect(jobs, workers=2, chunk=BLOCK, observe=lambda c: seen.append(c.models.shape[1]))
+    collect(jobs, workers=2, chunk=BLOCK, observer=Lengths())
     assert sum(seen) == sum(job.info.numel for job in jobs)
+
+
+class Notes:
+    """An observer that counts the elements of each tensor, and can go on from counts."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def observe(self, chunk: Chunk[Any]) -> None:
+        with self._lock:
+            if chunk.length:
+                self.seen[chunk.info.name] = self.seen.get(chunk.info.name, 0) + chunk.length
+
+    def facts(self, name: str) -> int:
+        return self.seen.get(name, 0)
+
+    def restore(self, info: TensorInfo, facts: int) -> None:
+        if facts:
+            self.seen[info.name] = facts
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_tensors_that_are_finished_are_not_computed_again_and_their_facts_are_kept(scope: str) -> None:
+    rule = make_rule(_saturating, needs_base=True, scope=lambda o: scope, model_wide=("factor",))
+    told: dict[str, dict[str, Any]] = {}
+    whole, written = Notes(), []
+
+    def write(name: str, start: int, values: torch.Tensor) -> None:
+        written.append(name)
+
+    settings = {"workers": 2, "chunk": BLOCK, "allow_nan": True}
+    expected = run_jobs(poisoned(rule), write, observer=whole, on_finished=lambda n, f: told.update({n: f}), **settings)
+    assert set(told) == set(SHAPES)
+    assert expected.saturated
+    assert expected.non_finite
+    assert expected.notes
+    assert expected.warnings == ["watch out"]
+    told = json.loads(json.dumps(told))  # as a journal keeps them
+    for finished in (["a"], ["b", "c", "e"], list(SHAPES)):
+        written.clear()
+        later, again = Notes(), []
+        outcome = run_jobs(
+            poisoned(rule),
+            write,
+            observer=later,
+            finished={name: told[name] for name in finished},
+            on_finished=lambda n, f, again=again: again.append(n),
+            **settings,
+        )
+        assert set(written) == set(again) == set(SHAPES) - set(finished)
+        # As text: a sum over an infinite value is NaN, and the order counts.
+        assert json.dumps(dataclasses.asdict(outcome)) == json.dumps(dataclasses.asdict(expected))
+        assert later.seen == whole.seen
+
+
+def _saturating(unit: Unit[Caps]) -> Steps:
+    (total,) = yield [Sum(lambda c: c.deltas, absolute=True)]
+    unit.note(total=total.tolist())
+    unit.warn("watch out")
+    return lambda c: c.base + c.models[0] * 1e5
+
+
+def poisoned(rule: Rule) -> list[Job]:
+    """Jobs with an infinite value, whose results leave the range of float16."""
+    jobs = jobs_for(rule, dtype=torch.float16)
+    values = jobs[3].models[1].read().clone()
+    values[5] = torch.inf
+    poisoned = MemoryTensor("d", values.view(SHAPES["d"]))
+    jobs[3] = dataclasses.replace(jobs[3], models=(jobs[3].models[0], poisoned))
+    return jobs
 
 
 def test_double_precision_inputs_are_computed_in_double_precision() -> None:

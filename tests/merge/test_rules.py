@@ -152,6 +152,56 @@ def test_dare_keeps_the_expectation() -> None:
     assert not torch.equal(found, other)
 
 
+@pytest.mark.parametrize("rescale", ["probability", "l1", "none"])
+@pytest.mark.parametrize("rule", ["della", "della_linear"])
+def test_della(tensors, rule: str, rescale: str) -> None:
+    base, models = tensors
+    t0 = base.double().numpy()
+    density, epsilon, weights = [0.5, 1.0, 0.3], [0.15, 0.2, 0.25], [1.0, 0.5, 2.0]
+    sparse = []
+    for i, (model, d, e) in enumerate(zip(models, density, epsilon, strict=True)):
+        delta = (model - base).double().numpy()
+        order = np.argsort(np.abs(delta), axis=1, kind="stable")
+        rank = np.argsort(order, axis=1)
+        chance = d - e + 2 * e * rank / (SHAPE[1] - 1) if d < 1 else np.ones(SHAPE)
+        draws = bits(9, i, "tensor", 0, N).double().numpy().reshape(SHAPE) + 2**31
+        kept = delta * (draws < chance * 2**32)
+        factor = {"probability": 1 / chance, "l1": np.abs(delta).sum() / np.abs(kept).sum(), "none": 1.0}[rescale]
+        sparse.append(kept * factor)
+    expected = (
+        consensus(sparse, weights, False)
+        if rule == "della"
+        else sum(w * s for w, s in zip(weights, sparse, strict=True))
+    )
+    options = {"density": density, "epsilon": epsilon, "weight": weights, "rescale": rescale, "seed": 9}
+    found = getattr(merge, rule)(models, base=base, normalize=False, **options)
+    close(found, t0 + expected)
+
+
+def test_della_keeps_the_expectation_and_more_of_what_is_large() -> None:
+    base, delta = torch.zeros(400, 1000), torch.linspace(0.001, 1.0, 1000).repeat(400, 1)
+    found = merge.della_linear([base + delta], base=base, density=0.4, epsilon=0.2, seed=3)
+    kept = (found != 0).double()
+    for column, chance in ((0, 0.2), (499, 0.4), (999, 0.6)):
+        near = kept[:, max(column - 20, 0) : column + 20].mean().item()
+        assert abs(near - chance) < 0.03
+    assert abs(found.double().mean().item() / delta.double().mean().item() - 1) < 0.01
+
+
+def test_della_without_spread_is_dare() -> None:
+    base, delta = torch.zeros(7, 333), torch.randn(7, 333, generator=torch.Generator().manual_seed(1))
+    options = {"density": 0.3, "seed": 5, "rescale": "none"}
+    assert torch.equal(
+        merge.della_linear([delta], base=base, epsilon=0.0, **options), merge.dare_linear([delta], base=base, **options)
+    )
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.15), (0.9, 0.1)])
+def test_della_refuses_probabilities_outside_the_unit_interval(density: float, epsilon: float) -> None:
+    with pytest.raises(UserError, match=r"outside \(0, 1\)"):
+        merge.della([torch.ones(3)], base=torch.zeros(3), density=density, epsilon=epsilon)
+
+
 def test_breadcrumbs(tensors) -> None:
     base, models = tensors
     t0, *rest = double(base, *models)

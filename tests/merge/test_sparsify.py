@@ -14,8 +14,8 @@ import regraft.merge as merge
 from regraft.checkpoint.tensor import BLOCK, MemoryTensor
 from regraft.merge.engine import Outcome, run_jobs
 from regraft.merge.jobs import Job
+from regraft.merge.kernels import between
 from regraft.merge.rule import TensorInfo
-from regraft.merge.sparsify import reaching
 from regraft.methods import method
 
 
@@ -46,7 +46,7 @@ def test_entries_that_reach_the_threshold_are_kept(
     row = torch.tensor(values, dtype=dtype)
     threshold = abs(float(data.draw(st.sampled_from(row.tolist()))))
     expected = torch.where(row.abs() >= threshold, row, torch.zeros_like(row))
-    assert torch.equal(reaching(row.unsqueeze(0), [threshold])[0], expected)
+    assert torch.equal(between(row.unsqueeze(0), [threshold], [math.inf])[0], expected)
 
 
 @pytest.mark.parametrize("numel", [1000, 100_001])  # sorted as a whole; counted in histograms

@@ -25,7 +25,7 @@ def collect(statistic, values: torch.Tensor, chunk: int, reverse: bool = False) 
         starts = list(range(0, length, chunk))
         for start in reversed(starts) if reverse else starts:
             piece = Chunk(info, Options(), start, values[:, start : start + chunk].contiguous())
-            statistic.absorb(statistic.observe(piece))
+            statistic.observe(piece)
         if statistic.finish():
             return statistic.result
     raise AssertionError("never finished")

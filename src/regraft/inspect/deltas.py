@@ -231,7 +231,7 @@ class _Pass:
 
     def measure(self, job: _Job) -> tuple[_Sums, Measure]:
         with torch.inference_mode():
-            gram, sums = Gram(_base_and_deltas), Sum(lambda chunk: chunk.deltas.abs())
+            gram, sums = Gram(_base_and_deltas), Sum(lambda chunk: chunk.deltas, absolute=True)
             counts: Tensor | int = 0
             histogram = torch.zeros((self._n, _BINS), dtype=torch.int64)
             for statistic in (gram, sums):
@@ -242,7 +242,7 @@ class _Pass:
                 base = job.base.read(start, stop).to(torch.float32)
                 chunk: Chunk[Any] = Chunk(job.info, Options(), start, rows, base)
                 for statistic in (gram, sums):
-                    statistic.absorb(statistic.observe(chunk))
+                    statistic.observe(chunk)
                 counts = counts + _counts(chunk.deltas)
                 keys = chunk.deltas.abs().contiguous().view(torch.int32) >> 16
                 for i in range(self._n):

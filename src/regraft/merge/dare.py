@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from regraft.merge.consensus import Density, TaskVectorOptions
+from regraft.merge.kernels import count_zeros
 from regraft.merge.rule import Chunk, PerModel, Unit
 from regraft.merge.sparsify import Sparse, Stage, drawn, norms_restored
 from regraft.methods import Paper
@@ -42,11 +43,10 @@ class DareOptions(TaskVectorOptions):
 def rescaled(unit: Unit[DareOptions]) -> Stage:
     """Task vectors with entries dropped at random and the rest scaled up."""
     o = unit.options
-    sparse = drawn(unit, o.density, o.seed)
+    factors = [1 / d for d in o.density] if o.rescale == "density" else [1.0] * unit.n
+    sparse = drawn(unit, o.density, factors, o.seed)
     if o.rescale == "l1":
-        return _watched(unit, (yield from norms_restored(unit, sparse)))
-    if o.rescale == "density":
-        return _watched(unit, lambda c: sparse(c) / c.per_model(o.density))
+        sparse = yield from norms_restored(unit, sparse)
     return _watched(unit, sparse)
 
 
@@ -57,7 +57,7 @@ def _watched(unit: Unit[DareOptions], sparse: Sparse) -> Sparse:
 
     def watch(c: Chunk[Any]) -> Tensor:
         nonlocal zeros, seen
-        found = (c.deltas == 0).sum(1)
+        found = count_zeros(c.deltas)
         with lock:
             zeros, seen = zeros + found, seen + c.deltas.shape[1]
             if seen == unit.numel:

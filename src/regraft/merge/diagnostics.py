@@ -16,20 +16,25 @@ import torch
 from torch import Tensor
 
 from regraft.checkpoint.tensor import BLOCK
+from regraft.merge.kernels import block_grams, block_sums, sign_conflicts
 from regraft.merge.rule import Chunk, TensorInfo
+
+# Of a larger tensor every k-th block is measured, so that about this many elements are: enough for a cosine to within
+# 0.002, for a fraction of what merging costs.
+_ENOUGH = 1 << 20
 
 
 @dataclass
 class _Sums:
     """Of one or more tensors: inner products (n, n) and L1 norms (n,) of task vectors, ‖base‖², entries that moved and
-    that conflict."""
+    that conflict; of `elements` entries."""
 
     gram: Tensor
     absolute: Tensor
     base: float = 0.0
-    moved: int = 0
-    conflicts: int = 0
-    elements: int = 0
+    moved: float = 0
+    conflicts: float = 0
+    elements: float = 0
 
     def add(self, other: _Sums) -> None:
         self.gram += other.gram
@@ -38,6 +43,20 @@ class _Sums:
         self.moved += other.moved
         self.conflicts += other.conflicts
         self.elements += other.elements
+
+    def stretched(self, elements: int) -> _Sums:
+        """What they come to for all `elements` of a tensor of which some were measured."""
+        factor = elements / max(self.elements, 1)
+        if factor == 1:
+            return self
+        return _Sums(
+            self.gram * factor,
+            self.absolute * factor,
+            self.base * factor,
+            self.moved * factor,
+            self.conflicts * factor,
+            elements,
+        )
 
     def facts(self) -> dict[str, Any]:
         norms = self.gram.diagonal().clamp(min=0).sqrt()
@@ -61,7 +80,7 @@ class _Sums:
 
 @dataclass
 class TaskVectorStatistics:
-    """An observer for `run_jobs`: pass `observe`, then ask for `summary`. Chunks without a base are ignored.
+    """An observer for `run_jobs`; ask for its `summary` afterwards. Chunks without a base are ignored.
 
     Args:
         n: number of models besides the base.
@@ -73,25 +92,40 @@ class TaskVectorStatistics:
 
     def observe(self, chunk: Chunk[Any]) -> None:
         """Add a chunk; called from several threads, each chunk of the output once."""
-        if not chunk.has_base or chunk.models.shape[0] != self.n:
+        if not chunk.has_base or chunk.n != self.n:
             return
-        deltas = chunk.deltas
-        positive, negative = (deltas > 0).any(0), (deltas < 0).any(0)
-        found = _Sums(
-            _gram(deltas),
-            deltas.abs().sum(1, dtype=torch.float64),
-            float(_gram(chunk.base.unsqueeze(0))),
-            int((positive | negative).sum()),
-            int((positive & negative).sum()),
-            deltas.shape[1],
-        )
+        deltas, base = _every_kth_block(chunk)
+        if not deltas.shape[1]:
+            return
+        gram = block_grams(torch.cat([deltas, base.unsqueeze(0)])).sum(0)
+        moved, conflicts = sign_conflicts(deltas)
+        absolute = block_sums(deltas, absolute=True).sum(1)
+        n, length = deltas.shape
+        self._add(chunk.info, _Sums(gram[:n, :n], absolute, float(gram[n, n]), moved, conflicts, length))
+
+    def _add(self, info: TensorInfo, found: _Sums) -> None:
         with self._lock:
-            if chunk.info.name not in self._tensors:
-                self._tensors[chunk.info.name] = (chunk.info, _Sums.empty(self.n))
-            self._tensors[chunk.info.name][1].add(found)
+            if info.name not in self._tensors:
+                self._tensors[info.name] = (info, _Sums.empty(self.n))
+            self._tensors[info.name][1].add(found)
+
+    def facts(self, name: str) -> Any:
+        """The sums of a tensor, JSON-able; None if it was not measured."""
+        with self._lock:
+            if name not in self._tensors:
+                return None
+            s = self._tensors[name][1]
+            return [s.gram.tolist(), s.absolute.tolist(), s.base, s.moved, s.conflicts, s.elements]
+
+    def restore(self, info: TensorInfo, facts: Any) -> None:
+        """Take over what `facts` gave in an earlier run."""
+        if facts is not None:
+            gram, absolute = (torch.tensor(values, dtype=torch.float64) for values in facts[:2])
+            self._add(info, _Sums(gram, absolute, *facts[2:]))
 
     def summary(self, names: Sequence[str]) -> dict[str, Any]:
-        """JSON-able facts: in total, per layer and per tensor. Empty if no chunk had a base.
+        """JSON-able facts: in total, per layer and per tensor. Empty if no chunk had a base. Large tensors are measured
+        on evenly spaced blocks, and their figures are estimates from these.
 
         `norms` are those of the task vectors, in the order of `models`; `sign_conflict` is the share, among the entries
         that moved in at least one model, of those that moved up in one and down in another.
@@ -100,7 +134,8 @@ class TaskVectorStatistics:
             return {}
         total = _Sums.empty(self.n)
         layers: dict[tuple[str, int], _Sums] = {}
-        for info, sums in self._tensors.values():
+        tensors = {n: (info, sums.stretched(info.numel)) for n, (info, sums) in sorted(self._tensors.items())}
+        for info, sums in tensors.values():
             total.add(sums)
             if info.layer is not None:
                 key = (info.stack, info.layer)
@@ -117,7 +152,7 @@ class TaskVectorStatistics:
             "layers": [
                 {"stack": stack, "layer": layer, **sums.facts()} for (stack, layer), sums in sorted(layers.items())
             ],
-            "tensors": {name: sums.facts() for name, (_, sums) in sorted(self._tensors.items())},
+            "tensors": {name: sums.facts() for name, (_, sums) in tensors.items()},
         }
 
 
@@ -132,14 +167,17 @@ def _independence(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> s
     return f"task vectors are {kind}: the largest cosine is {cosine:.3g} ({names[j]}, {names[i]})"
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """Inner products between rows, (n, n) float64: float32 within blocks, float64 between them."""
-    n, length = rows.shape
-    whole = length // BLOCK * BLOCK
-    blocks = rows[:, :whole].reshape(n, -1, BLOCK).transpose(0, 1)
-    gram = torch.bmm(blocks, blocks.transpose(1, 2)).to(torch.float64).sum(0)
-    rest = rows[:, whole:]
-    return gram + (rest @ rest.T).to(torch.float64)
+def _every_kth_block(chunk: Chunk[Any]) -> tuple[Tensor, Tensor]:
+    """Task vectors and base of the blocks that are measured: always the same ones, however the tensor is cut."""
+    stride = -(-chunk.info.numel // _ENOUGH)
+    if stride == 1:
+        return chunk.deltas, chunk.base
+    first, length = chunk.start // BLOCK, chunk.length
+    starts = [b * BLOCK for b in range(-(-length // BLOCK)) if (first + b) % stride == 0]
+    if not starts:
+        return chunk.deltas[:, :0], chunk.base[:0]
+    deltas = torch.cat([chunk.deltas[:, at : at + BLOCK] for at in starts], 1)
+    return deltas, torch.cat([chunk.base[at : at + BLOCK] for at in starts])
 
 
 def _digits(value: float) -> float:

@@ -9,21 +9,22 @@ multiples of `BLOCK`, torch computes with one thread per worker, and statistics 
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from regraft.checkpoint.tensor import BLOCK, TensorSource, numel
-from regraft.errors import UserError, UserWarningMessage
-from regraft.merge.jobs import DEFAULT_CHUNK, Job, default_workers, group
-from regraft.merge.rule import Chunk, Copy, Rule, Steps, Unit
-from regraft.merge.statistics import Statistic
+from regraft.errors import UserError
+from regraft.merge.allocator import keep_pages
+from regraft.merge.jobs import DEFAULT_CHUNK, Job, default_chunk, default_workers, group
+from regraft.merge.kernels import all_within
+from regraft.merge.rule import Chunk, Copy, TensorInfo, Unit
+from regraft.merge.units import Task, UnitState, as_chunk
 from regraft.methods import Options
 
 
@@ -40,57 +41,62 @@ class Outcome:
 Sink = Callable[[str, int, Tensor], None]
 
 
+class Observer(Protocol):
+    """Sees every chunk of the last pass before it is combined, in any order and from several threads."""
+
+    def observe(self, chunk: Chunk[Any]) -> None: ...
+    def facts(self, name: str) -> Any:
+        """What was found in a tensor, JSON-able; asked for once all its chunks were seen."""
+        ...
+
+    def restore(self, info: TensorInfo, facts: Any) -> None:
+        """Take over what an earlier run found in a tensor."""
+        ...
+
+
 def run_jobs(
     jobs: Sequence[Job],
     write: Sink,
     *,
     workers: int | None = None,
     chunk: int | None = None,
+    device: str | torch.device = "cpu",
     allow_nan: bool = False,
-    observe: Callable[[Chunk[Any]], None] | None = None,
+    observer: Observer | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    finished: Mapping[str, Mapping[str, Any]] | None = None,
+    on_finished: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> Outcome:
     """Compute every job and hand the results to `write(name, start, values)`, from several threads.
 
     Args:
         workers: threads; all cores by default.
         chunk: elements per chunk, rounded up to a multiple of `BLOCK`; more means more memory, never another result.
+        device: where chunks are computed; sources are read and results are written on the CPU. The last bits of
+            statistics, and so of results, may depend on the kind of device.
         allow_nan: go on if a source holds values that are not finite (they are counted all the same).
-        observe: sees every chunk of the last pass before it is combined, in any order and from several threads.
+        observer: looks on.
         on_progress: called with (elements passed through, elements to pass through in all sweeps as far as known).
+        finished: tensors that an earlier run wrote, with the facts that it was told by `on_finished`; they are not
+            computed again, and their facts become part of the outcome.
+        on_finished: called with the name of a tensor when all of it was written, and JSON-able facts about it.
 
     Raises:
         UserError: RG206 with tensor, model and counts; whatever a source or the sink raises.
     """
-    size = max(BLOCK, -(-(chunk or DEFAULT_CHUNK) // BLOCK) * BLOCK)
-    run = _Run(group(jobs), write, size, allow_nan, observe, on_progress)
+    device = torch.device(device)
+    size = max(BLOCK, -(-(chunk or default_chunk(device)) // BLOCK) * BLOCK)
+    run = _Run(group(jobs), write, size, device, allow_nan, observer, on_progress, finished or {}, on_finished)
     run.execute(workers or default_workers())
-    return run.outcome
+    return run.outcome([job.info.name for job in jobs])
 
 
-@dataclass(eq=False)
-class _UnitState:
-    jobs: list[Job]
-    unit: Unit[Any]
-    steps: Steps | None = None
-    statistics: list[Statistic] = field(default_factory=list)
-    active: list[Statistic] = field(default_factory=list)
-    decision: Any = None  # how to combine, once the rule has returned it
-    pending: int = 0
-    first_pass: bool = True
-    kept: Chunk[Any] | None = None  # the only chunk of a small unit, kept between sweeps
+@dataclass
+class _Facts:
+    """What was found in one tensor."""
 
-    @property
-    def numel(self) -> int:
-        return sum(job.info.numel for job in self.jobs)
-
-
-@dataclass(frozen=True)
-class _Task:
-    state: _UnitState
-    job: Job
-    start: int
-    stop: int
+    saturated: int = 0
+    non_finite: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class _Run:
@@ -101,22 +107,45 @@ class _Run:
         units: list[list[Job]],
         write: Sink,
         chunk: int,
+        device: torch.device,
         allow_nan: bool,
-        observe: Callable[[Chunk[Any]], None] | None,
+        observer: Observer | None,
         on_progress: Callable[[int, int], None] | None,
+        finished: Mapping[str, Mapping[str, Any]],
+        on_finished: Callable[[str, dict[str, Any]], None] | None,
     ) -> None:
-        self.outcome = Outcome()
-        self._waiting = deque(units)
-        self._ready: deque[_Task] = deque()
+        self._ready: deque[Task] = deque()
         self._open = 0  # units begun and not finished
         self._changed = threading.Condition()
         self._error: BaseException | None = None
-        self._write, self._chunk, self._allow_nan = write, chunk, allow_nan
-        self._observe, self._on_progress = observe, on_progress
+        self._write, self._chunk, self._device, self._allow_nan = write, chunk, device, allow_nan
+        self._observer, self._on_progress = observer, on_progress
+        self._finished, self._on_finished = finished, on_finished
+        self._notes: dict[str, dict[str, Any]] = {}
+        self._warnings: dict[str, list[str]] = {}
+        self._facts: dict[str, _Facts] = {}
         self._done = 0
         self._total = sum(job.info.numel for unit in units for job in unit)
+        self._waiting = deque(unit for unit in units if not self._taken_over(unit))
+
+    def outcome(self, names: Sequence[str]) -> Outcome:
+        """All facts in the order of the tensors, whoever found them when."""
+        result = Outcome()
+        for name in names:
+            for warning in self._warnings.get(name, ()):
+                if warning not in result.warnings:
+                    result.warnings.append(warning)
+            facts = self._facts.get(name, _Facts())
+            if facts.saturated:
+                result.saturated[name] = facts.saturated
+            for model, found in facts.non_finite.items():
+                result.non_finite.setdefault(model, {}).update(found)
+        order = {name: i for i, name in enumerate(names)}
+        result.notes = dict(sorted(self._notes.items(), key=lambda item: order.get(item[0], -1)))
+        return result
 
     def execute(self, workers: int) -> None:
+        keep_pages()
         with _one_thread_each():
             threads = [threading.Thread(target=self._work, name=f"merge-{i}", daemon=True) for i in range(workers)]
             for thread in threads:
@@ -142,11 +171,15 @@ class _Run:
         try:
             with torch.inference_mode():
                 while (task := self._next()) is not None:
-                    self._process(task)
+                    if isinstance(task, Task):
+                        self._process(task)
+                    else:
+                        self._begin(task)
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
             self._fail(error)
 
-    def _next(self) -> _Task | None:
+    def _next(self) -> Task | list[Job] | None:
+        """A chunk to work on, else a unit to begin, None at the end."""
         with self._changed:
             while True:
                 if self._error is not None:
@@ -154,20 +187,19 @@ class _Run:
                 if self._ready:
                     return self._ready.popleft()
                 if self._waiting:
-                    self._begin(self._waiting.popleft())
-                elif self._open == 0:
+                    self._open += 1
+                    return self._waiting.popleft()
+                if self._open == 0:
                     self._changed.notify_all()
                     return None
-                else:
-                    self._changed.wait()
+                self._changed.wait()
 
     def _begin(self, jobs: list[Job]) -> None:
         first = jobs[0]
-        self._open += 1
         unit: Unit[Any] = Unit(
             tuple(job.info for job in jobs), len(first.models), first.options or Options(), first.base is not None
         )
-        state = _UnitState(jobs, unit)
+        state = UnitState(jobs, unit)
         if first.rule is None or state.numel == 0:
             state.decision = Copy(0)
             self._queue(state)
@@ -175,7 +207,7 @@ class _Run:
         state.steps = first.rule.start(unit)
         self._advance(state, None)
 
-    def _advance(self, state: _UnitState, results: list[Tensor] | None) -> None:
+    def _advance(self, state: UnitState, results: list[Tensor] | None) -> None:
         """Ask the rule for its next statistics, or for its decision; queue the next sweep."""
         assert state.steps is not None
         try:
@@ -183,22 +215,37 @@ class _Run:
             state.statistics = state.active = list(wanted)
             for statistic in state.active:
                 statistic.begin(state.numel)
-            self._total += state.numel * max((s.sweeps for s in state.active), default=0)
+            curious = [s for s in state.active if hasattr(s, "sample")]
+            if curious and state.numel > self._chunk:
+                sample = state.sample(self._device)
+                for statistic in curious:
+                    statistic.sample(sample)
+            with self._changed:
+                self._total += state.numel * max((s.sweeps for s in state.active), default=0)
         except StopIteration as stop:
             state.decision = stop.value
             state.active = []
         self._queue(state)
 
-    def _queue(self, state: _UnitState) -> None:
+    def _queue(self, state: UnitState) -> None:
         tasks = []
         for job in state.jobs:
-            for start in range(0, max(job.info.numel, 1), self._chunk):
-                tasks.append(_Task(state, job, start, min(start + self._chunk, job.info.numel)))
-        state.pending = len(tasks)
-        self._ready.extendleft(reversed(tasks))
-        self._changed.notify_all()
+            if state.decision is not None and job.info.name in self._finished:
+                self._take_over(job.info)
+                continue
+            size = job.chunk(self._chunk)
+            starts = range(0, max(job.info.numel, 1), size)
+            tasks += [Task(state, job, start, min(start + size, job.info.numel)) for start in starts]
+            if state.decision is not None:
+                state.left[job.info.name] = len(starts)
+        with self._changed:
+            state.pending = len(tasks)
+            self._ready.extendleft(reversed(tasks))
+            self._changed.notify_all()
+        if not tasks:
+            self._end_of_pass(state)
 
-    def _process(self, task: _Task) -> None:
+    def _process(self, task: Task) -> None:
         state = task.state
         if isinstance(state.decision, Copy):
             self._copy(task, state.decision.model)
@@ -206,86 +253,125 @@ class _Run:
             chunk = self._load(task)
             if state.decision is None:
                 for statistic in state.active:
-                    statistic.absorb(statistic.observe(chunk))
+                    statistic.observe(chunk)
             else:
-                if self._observe is not None:
-                    self._observe(chunk)
+                if self._observer is not None:
+                    self._observer.observe(chunk)
                 self._store(task, state.decision(chunk))
         with self._changed:
             self._done += task.stop - task.start
             if self._on_progress is not None:
                 self._on_progress(self._done, self._total)
             state.pending -= 1
-            if state.pending == 0 and self._error is None:
-                self._end_of_pass(state)
+            ended = state.pending == 0 and self._error is None
+            last_of_tensor = False
+            if state.decision is not None:
+                state.left[task.job.info.name] -= 1
+                last_of_tensor = state.left[task.job.info.name] == 0 and self._error is None
+        if last_of_tensor and self._on_finished is not None:
+            self._on_finished(task.job.info.name, self._told(state, task.job.info.name))
+        if ended:
+            self._end_of_pass(state)
 
-    def _end_of_pass(self, state: _UnitState) -> None:
+    def _end_of_pass(self, state: UnitState) -> None:
+        """Called by the one thread that ended the pass."""
         state.first_pass = False
         if state.decision is not None:
-            self._open -= 1
-            if state.unit.notes:
-                self.outcome.notes[state.unit.name] = state.unit.notes
-            self.outcome.warnings += [w for w in state.unit.warnings if w not in self.outcome.warnings]
-            self._changed.notify_all()
+            with self._changed:
+                if state.unit.notes:
+                    self._notes[state.unit.name] = state.unit.notes
+                if state.unit.warnings:
+                    self._warnings[state.jobs[0].info.name] = state.unit.warnings
+                self._open -= 1
+                self._changed.notify_all()
             return
         state.active = [s for s in state.active if not s.finish()]
         if state.active:
+            with self._changed:
+                self._total += state.numel
             self._queue(state)
         else:
             self._advance(state, [s.result for s in state.statistics])
 
-    def _load(self, task: _Task) -> Chunk[Any]:
+    def _told(self, state: UnitState, name: str) -> dict[str, Any]:
+        """Facts about a finished tensor, for a later run that goes on from here."""
+        facts = self._facts.get(name, _Facts())
+        told: dict[str, Any] = {"saturated": facts.saturated, "non_finite": facts.non_finite}
+        if self._observer is not None:
+            told["observed"] = self._observer.facts(name)
+        if len(state.jobs) == 1:
+            told |= {"notes": state.unit.notes, "warnings": state.unit.warnings}
+        return told
+
+    def _taken_over(self, unit: list[Job]) -> bool:
+        """Whether an earlier run finished this unit, a single tensor; a larger one needs its statistics again."""
+        name = unit[0].info.name
+        if len(unit) > 1 or name not in self._finished:
+            return False
+        told = self._finished[name]
+        self._take_over(unit[0].info)
+        if told["notes"]:
+            self._notes[name] = told["notes"]
+        if told["warnings"]:
+            self._warnings[name] = told["warnings"]
+        self._done += unit[0].info.numel
+        return True
+
+    def _take_over(self, info: TensorInfo) -> None:
+        told = self._finished[info.name]
+        self._facts[info.name] = _Facts(told["saturated"], {k: dict(v) for k, v in told["non_finite"].items()})
+        if self._observer is not None:
+            self._observer.restore(info, told["observed"])
+
+    def _load(self, task: Task) -> Chunk[Any]:
         state, job = task.state, task.job
         if state.kept is not None:
             return state.kept
-        length, dtype = task.stop - task.start, job.arithmetic
-        rows = torch.empty((len(job.models), length), dtype=dtype)
-        for row, source in zip(rows, job.models, strict=True):
-            row.copy_(source.read(task.start, task.stop))
-        base = job.base.read(task.start, task.stop).to(dtype) if job.base is not None else None
+        sources = job.sources
+        raw = [source.read(task.start, task.stop) for source in sources]
         if state.first_pass:
-            for i, row in enumerate(rows):
-                self._check_finite(job, job.models[i], i, row)
-            if base is not None and job.base is not None:
-                self._check_finite(job, job.base, len(job.models), base)
-        chunk: Chunk[Any] = Chunk(job.info, job.options, task.start, rows, base)
-        if len(state.jobs) == 1 and length == job.info.numel:
+            for i, values in enumerate(raw):
+                self._check_finite(job, sources[i], i, values)
+        chunk = as_chunk(job, task.start, raw, self._device)
+        if len(state.jobs) == 1 and task.stop - task.start == job.info.numel:
             state.kept = chunk
         return chunk
 
+    def _found(self, name: str) -> _Facts:
+        with self._changed:
+            return self._facts.setdefault(name, _Facts())
+
     def _check_finite(self, job: Job, source: TensorSource, model: int, values: Tensor) -> None:
-        # A sum is one cheap pass; it overflows for huge finite values, hence the second look.
-        if bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all()):
+        if all_within(values, torch.finfo(values.dtype).max):
             return
         label = job.labels[model] if model < len(job.labels) else f"model {model + 1}"
         nans, infinities = count_non_finite(source)
-        self.outcome.non_finite.setdefault(label, {})[source.name] = nans + infinities
+        self._found(job.info.name).non_finite.setdefault(label, {})[source.name] = nans + infinities
         if not self._allow_nan:
             what = f"{source.name} holds {nans} NaN and {infinities} infinite of {numel(source)} values"
             raise UserError(
                 "RG206", what, where=label, fix="repair that model, or pass --allow-nan to merge them as they are"
             )
 
-    def _store(self, task: _Task, result: Tensor) -> None:
+    def _store(self, task: Task, result: Tensor) -> None:
         dtype = task.job.out_dtype
         limit = torch.finfo(dtype).max
-        if limit < torch.finfo(result.dtype).max and result.numel() and not bool(result.abs().amax() <= limit):
+        if limit < torch.finfo(result.dtype).max and not all_within(result, limit):
             lost = int(((result.abs() > limit) & torch.isfinite(result)).sum())
-            if lost:
-                with self._changed:
-                    name = task.job.info.name
-                    self.outcome.saturated[name] = self.outcome.saturated.get(name, 0) + lost
-        self._write(task.job.info.name, task.start, result.to(dtype))
+            facts = self._found(task.job.info.name)
+            with self._changed:
+                facts.saturated += lost
+        self._write(task.job.info.name, task.start, result.to(dtype).cpu())
 
-    def _copy(self, task: _Task, model: int) -> None:
+    def _copy(self, task: Task, model: int) -> None:
         job = task.job
         source = job.models[model]
         values = source.read(task.start, task.stop)
         if values.dtype.is_floating_point:
-            wide = values if values.dtype.itemsize > 1 else values.float()
-            self._check_finite(job, source, model, wide)
+            self._check_finite(job, source, model, values)
             if values.dtype != job.out_dtype:
-                self._store(task, values.to(torch.promote_types(wide.dtype, torch.float32)))
+                wide = values if values.dtype.itemsize > 1 else values.float()
+                self._store(task, wide.to(torch.promote_types(wide.dtype, torch.float32)))
                 return
         self._write(job.info.name, task.start, values)
 
@@ -310,27 +396,3 @@ def _one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def merge_in_memory(
-    rule: Rule[Any],
-    models: Sequence[Any],
-    base: Any = None,
-    options: Mapping[str, Any] | None = None,
-    *,
-    workers: int = 1,
-    chunk: int | None = None,
-    allow_nan: bool = False,
-) -> Any:
-    """Merge tensors or state dicts that are in memory; see `Rule.__call__`."""
-    from regraft.merge.memory import as_jobs
-
-    jobs, outputs = as_jobs(rule, models, base, options or {})
-
-    def write(name: str, start: int, values: Tensor) -> None:
-        outputs[name].view(-1)[start : start + values.numel()] = values
-
-    outcome = run_jobs(jobs, write, workers=workers, chunk=chunk, allow_nan=allow_nan)
-    for warning in outcome.warnings:
-        warnings.warn(warning, UserWarningMessage, stacklevel=3)
-    return outputs if isinstance(models[0], Mapping) else outputs["tensor"]

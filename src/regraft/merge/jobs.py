@@ -14,8 +14,10 @@ from regraft.errors import UserError
 from regraft.merge.rule import Rule, TensorInfo
 from regraft.methods import Options
 
-# Elements; a chunk of a few models then stays in the processor cache, and below the sizes that malloc maps anew.
-DEFAULT_CHUNK = 1 << 16
+# Elements; a chunk of a few models then stays in the processor's cache, and calls are few against the work in them.
+DEFAULT_CHUNK = 1 << 18
+# On an accelerator a chunk has to keep all of it busy.
+_ACCELERATOR_CHUNK = 1 << 24
 # Tensors of chunk length that a rule holds at its peak, per model row (measured over the rules; used for estimates).
 _ROWS_PER_MODEL = 5
 
@@ -36,14 +38,27 @@ class Job:
     labels: tuple[str, ...] = ()
 
     @property
+    def sources(self) -> tuple[TensorSource, ...]:
+        """What is read: the models, then the base if there is one."""
+        return (*self.models, self.base) if self.base is not None else self.models
+
+    @property
     def scope(self) -> str:
         return "tensor" if self.rule is None else self.rule.scope(self.options)
 
     @property
+    def block(self) -> int:
+        """Chunks of this tensor start at multiples of so many elements."""
+        return self.info.width if self.rule is not None and self.rule.whole_rows else BLOCK
+
+    def chunk(self, wanted: int) -> int:
+        """Elements per chunk: `wanted`, in whole blocks."""
+        return max(wanted // self.block, 1) * self.block
+
+    @property
     def arithmetic(self) -> torch.dtype:
         """float64 if any input is, else float32."""
-        sources = (*self.models, self.base) if self.base is not None else self.models
-        return torch.float64 if any(s.dtype == torch.float64 for s in sources) else torch.float32
+        return torch.float64 if any(s.dtype == torch.float64 for s in self.sources) else torch.float32
 
 
 def group(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -84,6 +99,26 @@ def _check_same(unit: list[Job], job: Job) -> None:
             raise UserError("RG303", what, where=where, fix=f"use one {name}, or set the rule's scope to tensor")
 
 
+def usable_device(name: str) -> torch.device:
+    """The device that chunks are computed on, by its name in torch.
+
+    Raises:
+        UserError: RG406 if torch does not know it or cannot use it here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # sums need double precision
+    except (RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError("RG406", f"device {name!r} cannot be used: {reason}", fix="use --device cpu") from None
+    return device
+
+
+def default_chunk(device: torch.device) -> int:
+    """Elements per chunk where the user names none."""
+    return DEFAULT_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
+
+
 def default_workers() -> int:
     """As many threads as this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -93,7 +128,7 @@ def predict_memory(jobs: Sequence[Job], workers: int, chunk: int) -> int:
     """Peak bytes of tensors held by a run, beside the interpreter and its libraries."""
     largest = 0
     for job in jobs:
-        length = min(chunk, max(job.info.numel, 1))
+        length = min(job.chunk(chunk), max(job.info.numel, 1))
         rows = (len(job.models) + 1) * _ROWS_PER_MODEL if job.rule is not None else 1
         largest = max(largest, length * rows * job.arithmetic.itemsize)
     return largest * workers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,32 @@ from torch import Tensor
 
 from regraft.axes import layout
 from regraft.checkpoint.tensor import MemoryTensor
-from regraft.errors import UserError
+from regraft.errors import UserError, UserWarningMessage
+from regraft.merge.engine import run_jobs
 from regraft.merge.jobs import Job
 from regraft.merge.rule import Rule, TensorInfo
+
+
+def merge_in_memory(
+    rule: Rule[Any],
+    models: Sequence[Any],
+    base: Any = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    workers: int = 1,
+    chunk: int | None = None,
+    allow_nan: bool = False,
+) -> Any:
+    """Merge tensors or state dicts that are in memory; see `Rule.__call__`."""
+    jobs, outputs = as_jobs(rule, models, base, options or {})
+
+    def write(name: str, start: int, values: Tensor) -> None:
+        outputs[name].view(-1)[start : start + values.numel()] = values
+
+    outcome = run_jobs(jobs, write, workers=workers, chunk=chunk, allow_nan=allow_nan)
+    for warning in outcome.warnings:
+        warnings.warn(warning, UserWarningMessage, stacklevel=3)
+    return outputs if isinstance(models[0], Mapping) else outputs["tensor"]
 
 
 def as_jobs(

@@ -28,6 +28,7 @@ import torch
 from pydantic import BeforeValidator, ValidationError
 from torch import Tensor
 
+from regraft.checkpoint.tensor import BLOCK
 from regraft.errors import UserError, nearest
 from regraft.methods import Method, Options, Paper, register
 
@@ -86,6 +87,11 @@ class TensorInfo:
             n *= size
         return n
 
+    @property
+    def width(self) -> int:
+        """Elements per row: all axes but the first, or the whole of a vector."""
+        return max(self.numel // self.shape[0], 1) if len(self.shape) > 1 and self.shape[0] else max(self.numel, 1)
+
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], layout: Layout) -> TensorInfo:
         """The tensor `name` of a model with this layout. Outside the layers `num_layers` is that of its stack."""
@@ -94,19 +100,36 @@ class TensorInfo:
         return cls(name, shape, place.layer, depth, place.stack, place.role)
 
 
-@dataclass
 class Chunk(Generic[O]):
     """Elements `[start, start + L)` of one tensor, in every model, in the arithmetic dtype (float32 or float64).
 
-    `models` has shape (n, L); `base` has shape (L,) and is absent if the rule has no base.
+    Args:
+        models: one row of shape (L,) per model, of any float dtype (or all of them as one tensor (n, L)).
+        base: shape (L,), in the arithmetic dtype; None if the merge has no base.
+        dtype: the arithmetic dtype; that of `models` by default.
+        block: chunks of this tensor start at multiples of so many elements; what is summed up over a tensor is summed
+            over blocks first, so that cutting does not matter.
     """
 
-    info: TensorInfo
-    options: O
-    start: int
-    models: Tensor
-    _base: Tensor | None = None
-    _deltas: Tensor | None = None
+    def __init__(
+        self,
+        info: TensorInfo,
+        options: O,
+        start: int,
+        models: Sequence[Tensor] | Tensor,
+        base: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        block: int = BLOCK,
+    ) -> None:
+        self.info, self.options, self.start = info, options, start
+        self._raw, self._base = models, base
+        self.n, self.length = len(models), models[0].shape[0]
+        self.dtype = dtype or models[0].dtype
+        self.block = block
+        self.device = models[0].device
+        self._models = models if isinstance(models, Tensor) else None
+        self._deltas: Tensor | None = None
+        self._computed: dict[Any, Tensor] = {}
 
     @property
     def has_base(self) -> bool:
@@ -114,26 +137,48 @@ class Chunk(Generic[O]):
 
     @property
     def base(self) -> Tensor:
+        """The base's elements, shape (L,). Treat as read-only."""
         if self._base is None:
             raise AttributeError("this merge has no base model")
         return self._base
 
     @property
+    def models(self) -> Tensor:
+        """All models' elements, shape (n, L). Treat as read-only."""
+        if self._models is None:
+            from regraft.merge.kernels import widen
+
+            self._models = torch.empty((self.n, self.length), dtype=self.dtype, device=self.device)
+            for raw, row in zip(self._raw, self._models, strict=True):
+                widen(raw, row)
+        return self._models
+
+    @property
     def deltas(self) -> Tensor:
         """Task vectors `models - base`, shape (n, L), formed after upcasting. Treat as read-only."""
         if self._deltas is None:
-            self._deltas = self.models - self.base
+            from regraft.merge.kernels import widen_minus
+
+            self._deltas = torch.empty((self.n, self.length), dtype=self.dtype, device=self.device)
+            for raw, row in zip(self._raw, self._deltas, strict=True):
+                widen_minus(raw, self.base, row)
         return self._deltas
+
+    def computed(self, f: Callable[[Chunk[O]], Tensor]) -> Tensor:
+        """`f(self)`, computed once: several statistics may be about the same values. Treat as read-only."""
+        if f not in self._computed:
+            self._computed[f] = f(self)
+        return self._computed[f]
 
     def per_model(self, values: Sequence[float]) -> Tensor:
         """One number per model as a column (n, 1), in the arithmetic dtype."""
-        return torch.tensor(values, dtype=self.models.dtype, device=self.models.device).unsqueeze(1)
+        return torch.tensor(values, dtype=self.dtype, device=self.device).unsqueeze(1)
 
     def random_bits(self, seed: int, model: int) -> Tensor:
         """Uniform int32 for each element, shape (L,): a function of (seed, model, tensor name, element) alone."""
         from regraft.merge.random import bits
 
-        return bits(seed, model, self.info.name, self.start, self.models.shape[1], self.models.device)
+        return bits(seed, model, self.info.name, self.start, self.length, self.device)
 
 
 @dataclass
@@ -188,6 +233,7 @@ class Rule(Method, Generic[O]):
     max_models: int | None = None
     scope: Callable[[O], str] = lambda _: "tensor"  # "tensor" or "model"
     model_wide: tuple[str, ...] = ()  # options that must not vary between tensors in scope "model"
+    whole_rows: bool = False  # chunks hold whole rows (all but the first axis; a vector is one row)
     # What the same words mean in a mergekit recipe: defaults that differ (REQUIRED: no default) ...
     mergekit_defaults: Mapping[str, Any] = field(default_factory=dict)
     # ... and values that are spelt otherwise, {option: {their value: ours}}.
@@ -278,7 +324,7 @@ class Rule(Method, Generic[O]):
         Raises:
             UserError: for options, counts, shapes and values that the rule cannot take.
         """
-        from regraft.merge.engine import merge_in_memory
+        from regraft.merge.memory import merge_in_memory
 
         return merge_in_memory(self, models, base, options, workers=workers, chunk=chunk, allow_nan=allow_nan)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
-from regraft.merge.random import keep_mask
+from regraft.merge.kernels import between
+from regraft.merge.random import drop, drop_by_rank
 from regraft.merge.rule import Chunk, Unit
 from regraft.merge.statistics import OrderStatistic, Statistic, Sum
 
@@ -34,16 +34,12 @@ def largest(unit: Unit[Any], densities: Sequence[float]) -> Stage:
     keep = [max(1, math.floor(d * count)) for d in densities]
     if all(k == count for k in keep):
         return lambda c: c.deltas
-    sizes = OrderStatistic(lambda c: c.deltas.abs(), ranks=[[count - k] for k in keep])
+    sizes = OrderStatistic(lambda c: c.deltas, ranks=[[count - k] for k in keep], absolute=True)
     (found,) = yield [sizes]
     # Magnitudes of bf16 models lie on a grid, so that many may be equal to the threshold.
     unit.note(thresholds=found[:, 0].tolist(), kept=_shares(count - sizes.below[:, 0], count))
-    least = found[:, 0].tolist()
-
-    def sparse(c: Chunk[Any]) -> Tensor:
-        return reaching(c.deltas, least)
-
-    return sparse
+    least, most = found[:, 0].tolist(), [math.inf] * unit.n
+    return lambda c: between(c.deltas, least, most)
 
 
 def middle(unit: Unit[Any], densities: Sequence[float], gammas: Sequence[float]) -> Stage:
@@ -61,41 +57,51 @@ def middle(unit: Unit[Any], densities: Sequence[float], gammas: Sequence[float])
         ranks.append([min(bottom, count - 1), max(count - top - 1, 0)])
     if all(pair == [0, count - 1] for pair in ranks):
         return lambda c: c.deltas
-    sizes = OrderStatistic(lambda c: c.deltas.abs(), ranks=ranks)
+    sizes = OrderStatistic(lambda c: c.deltas, ranks=ranks, absolute=True)
     (found,) = yield [sizes]
     unit.note(thresholds=found.tolist(), kept=_shares((sizes.upto[:, 1] - sizes.below[:, 0]).clamp(min=0), count))
     low, high = found.T.tolist()
+    return lambda c: between(c.deltas, low, high)
+
+
+def drawn(unit: Unit[Any], densities: Sequence[float], factors: Sequence[float], seed: int) -> Sparse:
+    """Keep each entry with probability `density`, by a draw of its own, and multiply what is kept by `factor`."""
 
     def sparse(c: Chunk[Any]) -> Tensor:
-        out = reaching(c.deltas, low)
-        for row, limit in zip(out, high, strict=True):
-            row -= hardshrink(row, limit)
+        out = torch.empty_like(c.deltas)
+        for i, (row, density, factor) in enumerate(zip(c.deltas, densities, factors, strict=True)):
+            drop(row, density, factor, out[i], seed=seed, model=i, name=c.info.name, start=c.start)
         return out
 
     return sparse
 
 
-def reaching(deltas: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """Entries (n, L) whose magnitude is at least the threshold of their row, 0 elsewhere; values of `deltas.dtype`."""
-    out = torch.empty_like(deltas)
-    for row, target, threshold in zip(deltas, out, thresholds, strict=True):
-        # hardshrink, several times faster than a mask, drops up to its limit: the next smaller number of this dtype.
-        limit = torch.nextafter(torch.tensor(threshold, dtype=deltas.dtype), torch.tensor(-1.0, dtype=deltas.dtype))
-        target.copy_(hardshrink(row, float(limit)))
-    return out
+def ranked(
+    unit: Unit[Any], densities: Sequence[float], epsilons: Sequence[float], seed: int, *, divide: bool
+) -> Sparse:
+    """Keep each entry with a probability that rises with the rank of its magnitude in its row; see `drop_by_rank`.
 
-
-def drawn(unit: Unit[Any], densities: Sequence[float], seed: int) -> Sparse:
-    """Keep each entry with probability `density`, by a draw of its own."""
+    The rule must ask for `whole_rows`.
+    """
 
     def sparse(c: Chunk[Any]) -> Tensor:
-        out = torch.zeros_like(c.deltas)
-        for i, density in enumerate(densities):
+        out = torch.empty_like(c.deltas)
+        for i, (row, density, epsilon) in enumerate(zip(c.deltas, densities, epsilons, strict=True)):
             if density == 1:
-                out[i] = c.deltas[i]
+                out[i] = row
                 continue
-            keep = keep_mask(c.random_bits(seed, i), density)
-            torch.where(keep, c.deltas[i], out[i], out=out[i])
+            drop_by_rank(
+                row,
+                c.info.width,
+                density,
+                epsilon,
+                out[i],
+                divide=divide,
+                seed=seed,
+                model=i,
+                name=c.info.name,
+                start=c.start,
+            )
         return out
 
     return sparse
@@ -103,10 +109,16 @@ def drawn(unit: Unit[Any], densities: Sequence[float], seed: int) -> Sparse:
 
 def norms_restored(unit: Unit[Any], sparse: Sparse) -> Stage:
     """Scale what is left of each model so that the L1 norm over the unit is that from before."""
-    before, after = yield [Sum(lambda c: c.deltas.abs()), Sum(lambda c: sparse(c).abs())]
+    before, after = yield [Sum(lambda c: c.deltas, absolute=True), Sum(sparse, absolute=True)]
     factors = torch.where(after > _EPSILON, before / after.clamp(min=_EPSILON), torch.ones_like(after))
     unit.note(rescaled_by=factors.tolist())
-    return lambda c: sparse(c) * factors.to(c.models.dtype).unsqueeze(1)
+
+    def restored(c: Chunk[Any]) -> Tensor:
+        left = sparse(c)
+        column = factors.to(left).unsqueeze(1)
+        return left * column if left is c.deltas else left.mul_(column)
+
+    return restored
 
 
 def _shares(counts: Tensor, numel: int) -> list[float]:

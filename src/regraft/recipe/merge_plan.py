@@ -28,7 +28,7 @@ from regraft.recipe.resolve import Resolver, compile_patterns
 from regraft.recipe.settings import Settings
 
 # Counts up when the same plan would give other weights, so that cached artefacts are not taken for current ones.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass

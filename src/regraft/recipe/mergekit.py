@@ -40,8 +40,6 @@ _NEAREST = {
     "nuslerp": ("slerp",),
     "multislerp": ("slerp", "linear"),
     "karcher": ("slerp", "linear"),
-    "della": ("dare_ties", "ties"),
-    "della_linear": ("dare_linear", "task_arithmetic"),
     "breadcrumbs_ties": ("breadcrumbs", "ties"),
     "ram": ("task_arithmetic", "sce"),
     "ramplus_tl": ("task_arithmetic", "sce"),
@@ -53,6 +51,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "ties": ("int8_mask",),
     "dare_linear": ("int8_mask",),
     "dare_ties": ("int8_mask",),
+    "della": ("int8_mask",),
+    "della_linear": ("int8_mask",),
     "breadcrumbs": ("int8_mask",),
     "sce": ("int8_mask",),
 }

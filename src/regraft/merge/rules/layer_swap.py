@@ -68,7 +68,7 @@ def layer_swap(unit: Unit[LayerSwapOptions]) -> Steps:
         return Copy(_LANGUAGE if share else _TASK)
     factors = [1.0, 1.0]
     if unit.options.match_magnitude:
-        (sums,) = yield [Sum(lambda c: c.deltas.abs())]
+        (sums,) = yield [Sum(lambda c: c.deltas, absolute=True)]
         mean = float(sums.mean())
         factors = [mean / float(s) if s > 0 else 1.0 for s in sums]
         unit.note(magnitude_factors=factors)

@@ -15,11 +15,10 @@ add up to zero cannot be normalised and are used as they are, with a warning (me
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.consensus import added, changed
+from regraft.merge.kernels import changed, weighted_distance, weighted_sum
 from regraft.merge.rule import REQUIRED, Chunk, Combine, Copy, PerModel, Unit, rule
 from regraft.methods import Options, Paper
 
@@ -57,11 +56,9 @@ def linear(unit: Unit[LinearOptions]) -> Combine | Copy:
     anchored = bool(active) and (normalized or total == 1)
 
     def combine(c: Chunk[LinearOptions]) -> Tensor:
-        if not active:
-            return torch.zeros_like(c.models[0])
+        if not anchored:
+            return weighted_sum(c.models, share)
         first = c.models[active[0]]
-        if anchored:
-            return changed(first, added((c.models[i] - first) * share[i] for i in active[1:]))
-        return added(c.models[i] * share[i] for i in active)
+        return changed(first, weighted_distance(c.models, first, share))
 
     return combine

@@ -64,9 +64,9 @@ def model_stock(unit: Unit[ModelStockOptions]) -> Steps:
     unit.note(t=float(t.mean()), cosine=float(cosine.mean()))
 
     def combine(c: Chunk[ModelStockOptions]) -> Tensor:
-        steps = t.to(c.models.dtype)
+        steps = t.to(c.base)
         if len(steps) > 1:
-            rows = torch.arange(c.start, c.start + c.models.shape[1]).div(width, rounding_mode="floor")
+            rows = torch.arange(c.start, c.start + c.length, device=c.device).div(width, rounding_mode="floor")
             steps = steps[rows]
         return changed(c.base, added(c.deltas) / n * steps)
 

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.consensus import added, changed
+from regraft.merge.kernels import added, array, changed, fused, numbers
 from regraft.merge.rule import Chunk, PerModel, Steps, Unit, rule
 from regraft.merge.statistics import MinMax, OrderStatistic, Statistic, Sum
 from regraft.methods import Options, Paper
@@ -63,35 +63,55 @@ def pcb(unit: Unit[PcbOptions]) -> Steps:
     count = unit.numel
     low_rank = math.floor(count * o.clip)
     high_rank = max(low_rank, math.floor(count * (1 - o.clip) - 1))
-    (bounds,) = yield [OrderStatistic(lambda c: c.deltas.abs(), ranks=[low_rank, high_rank])]
+    (bounds,) = yield [OrderStatistic(lambda c: c.deltas, ranks=[low_rank, high_rank], absolute=True)]
     low, high = bounds[:, :1], bounds[:, 1:]
     idle = (high == 0).squeeze(1)
     for i in idle.nonzero().flatten().tolist():
         unit.warn(f"model {i + 1} of pcb hardly differs from the base, and takes no part")
 
-    def clipped(c: Chunk[PcbOptions]) -> Tensor:
-        return c.deltas.abs().clamp(low, high)
-
-    def beta(c: Chunk[PcbOptions]) -> Tensor:
-        size = _minmax(clipped(c), low, high)
-        # The factor exp(-n) is common to all entries of a task and drops out of the min-max below.
-        intra = torch.exp(unit.n * (size.square() - 1))
-        if o.inter == "sum":
-            return intra * torch.tanh(c.deltas * added(c.deltas))
-        signed = torch.sign(c.deltas) * size
-        if o.inter == "normsum":
-            return intra * torch.tanh(c.deltas * added(signed))
-        return intra * added(torch.tanh(signed * other) for other in signed)
-
-    cut, top = yield from _survivors(unit, beta)
+    cut, top = yield from _survivors(unit, lambda c: _scores(c, low, high))
+    top[idle] = cut[idle]  # all its weights are then 0
 
     def combine(c: Chunk[PcbOptions]) -> Tensor:
-        weights = _minmax(beta(c).clamp(min=cut), cut, top)
-        weights[idle] = 0
-        values = torch.sign(c.deltas) * clipped(c) * weights * c.per_model(c.options.lambda_)
-        return changed(c.base, added(values) / added(weights).clamp(min=1e-12))
+        return changed(c.base, _mean(c, _scores(c, low, high), low, high, cut, top))
 
     return combine
+
+
+def _scores(c: Chunk[PcbOptions], low: Tensor, high: Tensor) -> Tensor:
+    """βᵢ up to a factor exp(-n), which is common to all entries of a task and drops out of the min-max; (n, L)."""
+    if c.options.inter == "sum" and c.dtype == torch.float32 and fused(c.deltas):
+        from regraft.merge import native_pcb
+
+        out = torch.empty_like(c.deltas)
+        native_pcb.scores(array(c.deltas), array(low[:, 0]), array(high[:, 0]), out.numpy())
+        return out
+    size = _minmax(_clipped(c, low, high), low, high)
+    intra = torch.exp(c.n * (size.square() - 1))
+    if c.options.inter == "sum":
+        return intra * torch.tanh(c.deltas * added(c.deltas))
+    signed = torch.sign(c.deltas) * size
+    if c.options.inter == "normsum":
+        return intra * torch.tanh(c.deltas * added(signed))
+    return intra * added(torch.tanh(signed * other) for other in signed)
+
+
+def _mean(c: Chunk[PcbOptions], scores: Tensor, low: Tensor, high: Tensor, cut: Tensor, top: Tensor) -> Tensor:
+    """Mean of the clipped task vectors, weighted by the scores from `cut` (weight 0) to `top` (1); (L,)."""
+    if c.dtype == torch.float32 and fused(c.deltas, scores):
+        from regraft.merge import native_pcb
+
+        out = torch.empty_like(c.base)
+        bounds = (array(column[:, 0]) for column in (low, high, cut, top))
+        native_pcb.mean(array(c.deltas), array(scores), *bounds, numbers(c.options.lambda_, c.deltas), out.numpy())
+        return out
+    weights = _minmax(scores.maximum(cut.to(scores)), cut, top)
+    values = torch.sign(c.deltas) * _clipped(c, low, high) * weights * c.per_model(c.options.lambda_)
+    return added(values) / added(weights).clamp(min=1e-12)
+
+
+def _clipped(c: Chunk[PcbOptions], low: Tensor, high: Tensor) -> Tensor:
+    return c.deltas.abs().clamp(low.to(c.deltas), high.to(c.deltas))
 
 
 def _paper(unit: Unit[PcbOptions]) -> Steps:
@@ -122,14 +142,14 @@ def _paper(unit: Unit[PcbOptions]) -> Steps:
 
     def beta(c: Chunk[PcbOptions]) -> Tensor:
         intra, inter = powers(c)
-        inter = inter * inter_scale.to(inter.dtype)
-        return intra * intra_scale.to(intra.dtype) * torch.stack([added(inter[k] for k in rows) for rows in rows_of])
+        inter = inter * inter_scale.to(inter)
+        return intra * intra_scale.to(intra) * torch.stack([added(inter[k] for k in rows) for rows in rows_of])
 
     cut, _ = yield from _survivors(unit, beta)
 
     def combine(c: Chunk[PcbOptions]) -> Tensor:
         scores = beta(c)
-        scores = scores * (scores >= cut)
+        scores = scores * (scores >= cut.to(scores))
         scores[idle] = 0
         values = c.deltas * scores * c.per_model(c.options.lambda_)
         return changed(c.base, added(values) / added(scores).clamp(min=1e-12))
@@ -142,12 +162,12 @@ def _survivors(
 ) -> Generator[Sequence[Statistic], Sequence[Tensor], tuple[Tensor, Tensor]]:
     """Per task the (1 − ratio)-quantile of the scores and their maximum, each (n, 1)."""
     rank = min(math.floor(unit.numel * (1 - unit.options.ratio)), unit.numel - 1)
-    (found,) = yield [OrderStatistic(beta, ranks=[rank, unit.numel - 1])]
+    found, extremes = yield [OrderStatistic(beta, ranks=[rank]), MinMax(beta)]
     unit.note(score_thresholds=found[:, 0].tolist())
-    return found[:, :1], found[:, 1:]
+    return found, extremes[:, 1:]
 
 
 def _minmax(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Values mapped so that `low` is 0 and `high` 1; 0 for rows where the two are equal."""
-    span = high - low
+    low, span = low.to(values), (high - low).to(values)
     return torch.where(span > 0, (values - low) / torch.where(span > 0, span, torch.ones_like(span)), 0.0)

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from regraft.merge.consensus import added, changed, winners
+from regraft.merge.kernels import variance
 from regraft.merge.rule import Chunk, Steps, Unit, rule
 from regraft.merge.statistics import OrderStatistic, Sum
 from regraft.methods import Options, Paper
@@ -27,13 +28,6 @@ from regraft.methods import Options, Paper
 class SceOptions(Options):
     select_topk: float = Field(1.0, ge=0, le=1, description="share of the varying entries that is kept, in [0, 1]")
     int8_mask: bool = Field(False, description="mergekit's saving of memory; has no effect here, masks are never kept")
-
-
-def _variance(c: Chunk[SceOptions]) -> Tensor:
-    """Population variance over the models, (L,); exactly 0 where they are equal, as distances are to the first one."""
-    apart = c.deltas - c.deltas[0]
-    apart -= added(apart) / len(apart)
-    return added(apart.square_()) / len(apart)
 
 
 @rule(
@@ -46,16 +40,16 @@ def _variance(c: Chunk[SceOptions]) -> Tensor:
 def sce(unit: Unit[SceOptions]) -> Steps:
     threshold = None
     if unit.options.select_topk < 1:
-        (varying,) = yield [Sum(lambda c: (_variance(c) != 0).to(c.models.dtype))]
+        (varying,) = yield [Sum(lambda c: variance(c.deltas).sign_())]
         keep = math.floor(int(varying) * unit.options.select_topk)
         if keep == 0:
             return lambda c: c.base.clone()
-        (found,) = yield [OrderStatistic(_variance, ranks=[unit.numel - keep])]
+        (found,) = yield [OrderStatistic(lambda c: variance(c.deltas), ranks=[unit.numel - keep])]
         threshold = found[0, 0]
         unit.note(threshold=float(threshold))
 
     def selected(c: Chunk[SceOptions]) -> Tensor:
-        return c.deltas if threshold is None else c.deltas * (_variance(c) >= threshold)
+        return c.deltas if threshold is None else c.deltas * (variance(c.deltas) >= threshold)
 
     (squares,) = yield [Sum(lambda c: selected(c).square())]
     means = squares / unit.numel

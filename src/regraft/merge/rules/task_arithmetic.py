@@ -15,7 +15,8 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.consensus import TaskVectorOptions, added, changed, onto_base, total
+from regraft.merge.consensus import TaskVectorOptions, changed, onto_base, total
+from regraft.merge.kernels import weighted_sum
 from regraft.merge.rule import REQUIRED, Chunk, Combine, Copy, Unit, rule
 from regraft.methods import Paper
 
@@ -52,6 +53,6 @@ def task_arithmetic(unit: Unit[TaskArithmeticOptions]) -> Combine | Copy:
         return Copy(whole)
 
     def combine(c: Chunk[TaskArithmeticOptions]) -> Tensor:
-        return changed(c.models[whole], added(d * f for d, f in zip(c.deltas, others, strict=True) if f))
+        return changed(c.models[whole], weighted_sum(c.deltas, others))
 
     return combine

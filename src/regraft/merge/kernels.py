@@ -1,0 +1,250 @@
+"""Elementwise work that the rules share, each piece once for the processor (`native`) and once in torch.
+
+The torch twins run on accelerators; on the processor they would take a pass through memory per operation. Both give the
+same bits, except for the order of additions within the blocks of a sum. Arguments are dense and float32 or float64:
+task vectors (n, L), one number per model as a sequence, one value per element (L,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regraft.checkpoint.tensor import BLOCK
+
+_BITS = {torch.float32: np.uint32, torch.float64: np.uint64, torch.bfloat16: np.uint16, torch.float16: np.uint16}
+_SIGNLESS = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF), 8: np.uint64(0x7FFFFFFFFFFFFFFF)}
+
+
+def fused(*tensors: Tensor) -> bool:
+    """Whether the compiled loops serve these tensors."""
+    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
+
+
+def array(tensor: Tensor) -> Any:
+    """The tensor's memory as a C-contiguous array."""
+    return tensor.contiguous().numpy()
+
+
+def bit_array(tensor: Tensor) -> Any:
+    """A float tensor's memory as unsigned integers."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    return tensor.contiguous().view(integer).numpy().view(_BITS[tensor.dtype])
+
+
+@lru_cache(maxsize=256)
+def _numbers(values: tuple[float, ...], dtype: torch.dtype) -> Any:
+    return torch.tensor(values, dtype=dtype).numpy()
+
+
+def numbers(values: Sequence[float], like: Tensor) -> Any:
+    """One number per model as an array (n,), in the dtype of `like`."""
+    return _numbers(tuple(values), like.dtype)
+
+
+@lru_cache(maxsize=64)
+def _most_bits(dtype: torch.dtype, limit: float) -> Any:
+    """The bits of the largest value of a dtype that is not above the limit."""
+    most = torch.tensor([limit], dtype=torch.float64).to(dtype)
+    if float(most) > limit:
+        most = torch.nextafter(most, torch.zeros_like(most))
+    return bit_array(most)[0]
+
+
+def column(values: Sequence[float], like: Tensor) -> Tensor:
+    """One number per model as a column (n, 1), in the dtype of `like`."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+
+
+def added(rows: Iterable[Tensor]) -> Tensor:
+    """Sum over models, (n, L) -> (L,), in their order, at least one.
+
+    `rows.sum(0)` may add in another order in a slice of another length, and results must not depend on how tensors are
+    cut.
+    """
+    each = iter(rows)
+    out = next(each).clone()
+    for row in each:
+        out += row
+    return out
+
+
+def widen(raw: Tensor, out: Tensor) -> None:
+    """Copy values of any float dtype into `out` (float32 or float64), both flat and of one length."""
+    if raw.dtype == torch.bfloat16 and fused(out) and out.dtype == torch.float32:
+        from regraft.merge.native import widen_bf16
+
+        widen_bf16(bit_array(raw), bit_array(out))
+    else:
+        out.copy_(raw)
+
+
+def widen_minus(raw: Tensor, base: Tensor, out: Tensor) -> None:
+    """out = raw - base, formed in the dtype of `base` and `out` (float32 or float64); all flat and of one length."""
+    if raw.dtype == torch.bfloat16 and fused(base, out) and out.dtype == torch.float32:
+        from regraft.merge.native import widen_bf16_minus
+
+        widen_bf16_minus(bit_array(raw), array(base), out.numpy(), bit_array(out))
+    elif raw.dtype == out.dtype:
+        torch.sub(raw, base, out=out)
+    else:
+        out.copy_(raw).sub_(base)
+
+
+def all_within(values: Tensor, limit: float) -> bool:
+    """Whether no magnitude is above `limit`; False if there is a NaN. bf16 and fp16 are looked at as they are."""
+    if values.numel() == 0:
+        return True
+    if values.device.type == "cpu" and values.dtype in _BITS:
+        from regraft.merge.native import largest_bits
+
+        bits = bit_array(values)
+        return bool(largest_bits(bits, _SIGNLESS[bits.dtype.itemsize]) <= _most_bits(values.dtype, limit))
+    wide = values if values.dtype.itemsize > 1 else values.float()
+    return bool((wide.abs() <= limit).all())
+
+
+def weighted_sum(rows: Tensor, weights: Sequence[float]) -> Tensor:
+    """Σ wᵢ · rows[i], (L,), in the order of the models; those of weight 0 are not looked at."""
+    if fused(rows):
+        from regraft.merge import native
+
+        out = torch.empty_like(rows[0])
+        native.weighted_sum(array(rows), numbers(weights, rows), out.numpy())
+        return out
+    return added([torch.zeros_like(rows[0]), *(row * w for row, w in zip(rows, weights, strict=True) if w)])
+
+
+def weighted_distance(rows: Tensor, first: Tensor, weights: Sequence[float]) -> Tensor:
+    """Σ wᵢ · (rows[i] - first), (L,), in the order of the models; those of weight 0 are not looked at."""
+    if fused(rows, first):
+        from regraft.merge import native
+
+        out = torch.empty_like(first)
+        native.weighted_distance(array(rows), array(first), numbers(weights, rows), out.numpy())
+        return out
+    return added([torch.zeros_like(first), *((row - first) * w for row, w in zip(rows, weights, strict=True) if w)])
+
+
+def elect(rows: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
+    """Weighted sum of the entries whose weighted sign won, (L,); their weighted mean if `normalize`."""
+    if fused(rows):
+        from regraft.merge import native
+
+        out = torch.empty_like(rows[0])
+        native.elect(array(rows), numbers(weights, rows), normalize, out.numpy())
+        return out
+    factors = column(weights, rows)
+    sizes, sign = winners(rows * factors)
+    merged = added(sizes) * sign
+    if normalize:
+        divisor = added(torch.sign(sizes) * factors)
+        merged = merged / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+    return merged
+
+
+def winners(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Magnitudes (n, L) of the entries that have the sign of their column's sum, 0 for the others, and that sign (L,).
+
+    A sum of exactly zero counts as positive (TIES, arXiv:2306.01708, elects by total magnitude).
+    """
+    if fused(rows):
+        from regraft.merge import native
+
+        sizes, sign = torch.empty_like(rows), torch.empty_like(rows[0])
+        native.winners(array(rows), sizes.numpy(), sign.numpy())
+        return sizes, sign
+    ones = torch.ones_like(rows[0])
+    sign = torch.where(added(rows) >= 0, ones, -ones)
+    return (rows * sign).clamp_(min=0), sign
+
+
+def changed(base: Tensor, change: Tensor, factor: float = 1.0) -> Tensor:
+    """`base + factor · change`; an entry that does not change keeps its bits (-0.0 + 0.0 would be 0.0)."""
+    if fused(base, change):
+        from regraft.merge import native
+
+        out = torch.empty_like(base)
+        native.changed(array(base), array(change), array(base).dtype.type(factor), out.numpy())
+        return out
+    step = change * factor
+    return torch.where(step == 0, base, base + step)
+
+
+def between(rows: Tensor, low: Sequence[float], high: Sequence[float]) -> Tensor:
+    """Entries whose magnitude is in [low[i], high[i]], 0 for the others, (n, L). A NaN stays."""
+    if fused(rows):
+        from regraft.merge import native
+
+        out = torch.empty_like(rows)
+        native.between(array(rows), numbers(low, rows), numbers(high, rows), out.numpy())
+        return out
+    sizes = rows.abs()
+    outside = (sizes < column(low, rows)) | (sizes > column(high, rows))
+    return torch.where(outside, torch.zeros_like(rows), rows)
+
+
+def variance(rows: Tensor) -> Tensor:
+    """Population variance over the models, (L,); exactly 0 where they are equal: distances are to the first one."""
+    if fused(rows):
+        from regraft.merge import native
+
+        out = torch.empty_like(rows[0])
+        native.variance(array(rows), out.numpy())
+        return out
+    apart = rows - rows[0]
+    apart = apart - added(apart) / len(rows)
+    return added(apart.square()) / len(rows)
+
+
+def block_sums(rows: Tensor, *, absolute: bool, block: int = BLOCK) -> Tensor:
+    """Sums of the values, or of the magnitudes, of each row over blocks of elements: (n, blocks), float64."""
+    blocks = -(-rows.shape[1] // block)
+    if fused(rows):
+        from regraft.merge import native
+
+        out = np.empty((rows.shape[0], blocks))
+        native.block_sums(array(rows), block, absolute, out)
+        return torch.from_numpy(out)
+    parts = (rows.abs() if absolute else rows).split(block, 1)
+    return torch.stack([p.sum(1, dtype=torch.float64) for p in parts], 1).cpu() if parts else rows.new_zeros(0)
+
+
+def block_grams(rows: Tensor, *, block: int = BLOCK) -> Tensor:
+    """Inner products between rows over blocks of elements: (blocks, n, n), float64."""
+    n, length = rows.shape
+    if fused(rows):
+        from regraft.merge import native
+
+        out = np.empty((-(-length // block), n, n))
+        native.block_grams(array(rows), block, out)
+        return torch.from_numpy(out)
+    parts = [p.double() for p in rows.split(block, 1)]
+    return torch.stack([p @ p.T for p in parts]).cpu()
+
+
+def sign_conflicts(rows: Tensor) -> tuple[int, int]:
+    """(columns in which any entry is not zero, columns with entries of both signs)."""
+    if fused(rows):
+        from regraft.merge import native
+
+        moved, both = native.sign_conflicts(array(rows))
+        return int(moved), int(both)
+    up, down = (rows > 0).any(0), (rows < 0).any(0)
+    return int((up | down).sum()), int((up & down).sum())
+
+
+def count_zeros(rows: Tensor) -> Tensor:
+    """Entries of each row that are zero, (n,) int64."""
+    if fused(rows):
+        from regraft.merge import native
+
+        out = np.zeros(rows.shape[0], np.int64)
+        native.count_zeros(array(rows), out)
+        return torch.from_numpy(out)
+    return (rows == 0).sum(1).cpu()

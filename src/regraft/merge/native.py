@@ -1,0 +1,396 @@
+"""Fused loops over chunks for the processor, compiled on first use and cached on disk (numba).
+
+Each does in one pass what would take torch several, each through memory. They work on flat or (n, L) C-contiguous
+arrays in the arithmetic dtype, release the interpreter lock, and compute every element by itself, in the order that
+the torch twin in `kernels` has, so that results do not depend on how tensors are cut. Sums over elements are taken
+over blocks of fixed length. Floats are handled as their bits where that is faster: a float's bits without the sign
+are in the order of its magnitude.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+# Elements per tile: a few rows of it stay in the first-level cache.
+TILE = 1024
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+# Division by zero gives infinity or NaN, as in torch: the check that Python makes would keep loops scalar.
+kernel = njit(nogil=True, cache=True, error_model="numpy")
+# Sums may be reordered within a block: the machine code is the same for each block, hence so is the result.
+_block_kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz"})
+
+
+@kernel
+def widen_bf16(raw, out):
+    """bfloat16 as uint16 -> float32 as uint32."""
+    for k in range(raw.shape[0]):
+        out[k] = np.uint32(raw[k]) << np.uint32(16)
+
+
+@kernel
+def widen_bf16_minus(raw, base, out, out_bits):
+    """out = raw - base, for bfloat16 as uint16 and base and out in float32; `out_bits` is the memory of `out`."""
+    for begin in range(0, raw.shape[0], TILE):
+        part, bits = raw[begin : begin + TILE], out_bits[begin : begin + TILE]
+        values, reference = out[begin : begin + TILE], base[begin : begin + TILE]
+        for k in range(part.shape[0]):
+            bits[k] = np.uint32(part[k]) << np.uint32(16)
+        for k in range(part.shape[0]):
+            values[k] -= reference[k]
+
+
+@kernel
+def largest_bits(bits, mask):
+    """Largest `bits & mask`, over unsigned integers of any width."""
+    most = bits.dtype.type(0)
+    for k in range(bits.shape[0]):
+        value = bits.dtype.type(bits[k] & mask)
+        most = value if value > most else most
+    return most
+
+
+@kernel
+def weighted_sum(rows, weights, out):
+    """out = Σ rows[i] · weights[i], in the order of the rows; rows of weight 0 are not looked at."""
+    n, length = rows.shape
+    total = np.empty(TILE, rows.dtype)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        target = out[begin : begin + size]
+        total[:] = 0
+        for i in range(n):
+            weight, row = weights[i], rows[i, begin : begin + size]
+            if weight != 0:
+                for k in range(size):
+                    total[k] += row[k] * weight
+        target[:] = total[:size]
+
+
+@kernel
+def weighted_distance(rows, first, weights, out):
+    """out = Σ (rows[i] - first) · weights[i], in the order of the rows; rows of weight 0 are not looked at."""
+    n, length = rows.shape
+    total = np.empty(TILE, rows.dtype)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        anchor, target = first[begin : begin + size], out[begin : begin + size]
+        total[:] = 0
+        for i in range(n):
+            weight, row = weights[i], rows[i, begin : begin + size]
+            if weight != 0:
+                for k in range(size):
+                    total[k] += (row[k] - anchor[k]) * weight
+        target[:] = total[:size]
+
+
+@kernel
+def elect(rows, weights, normalize, out):
+    """Weighted sum (mean, if `normalize`) of the entries that have the sign of their column's weighted sum."""
+    n, length = rows.shape
+    zero, one = rows.dtype.type(0), rows.dtype.type(1)
+    # Tiles of their own: the compiler then knows that they do not overlap with the rows.
+    total, sign, divisor = np.empty(TILE, rows.dtype), np.empty(TILE, rows.dtype), np.empty(TILE, rows.dtype)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        target = out[begin : begin + size]
+        total[:] = zero
+        for i in range(n):
+            weight, row = weights[i], rows[i, begin : begin + size]
+            for k in range(size):
+                total[k] += row[k] * weight
+        for k in range(size):
+            sign[k] = one if total[k] >= zero else -one
+            total[k] = zero
+            divisor[k] = zero
+        for i in range(n):
+            weight, row = weights[i], rows[i, begin : begin + size]
+            for k in range(size):
+                value = row[k] * weight * sign[k]
+                total[k] += zero if value < zero else value  # a NaN stays
+                divisor[k] += weight if value > zero else zero
+        for k in range(size):
+            divided = divisor[k] if normalize and divisor[k] != zero else one
+            target[k] = total[k] * sign[k] / divided
+
+
+@kernel
+def winners(rows, sizes, sign):
+    """sizes = magnitudes of the entries that have the sign of their column's sum, 0 for the others."""
+    n, length = rows.shape
+    zero, one = rows.dtype.type(0), rows.dtype.type(1)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        total = sign[begin : begin + size]
+        for k in range(size):
+            total[k] = zero
+        for i in range(n):
+            row = rows[i, begin : begin + size]
+            for k in range(size):
+                total[k] += row[k]
+        for k in range(size):
+            total[k] = one if total[k] >= zero else -one
+        for i in range(n):
+            row, target = rows[i, begin : begin + size], sizes[i, begin : begin + size]
+            for k in range(size):
+                value = row[k] * total[k]
+                target[k] = zero if value < zero else value  # a NaN stays
+
+
+@kernel
+def changed(base, change, factor, out):
+    """out = base + factor · change; where that product is 0 the base keeps its bits."""
+    for k in range(base.shape[0]):
+        step = change[k] * factor
+        out[k] = base[k] + step if step != 0 else base[k]
+
+
+@kernel
+def between(rows, low, high, out):
+    """out = entries whose magnitude is in [low[i], high[i]], 0 for the others. A NaN stays."""
+    zero = rows.dtype.type(0)
+    for i in range(rows.shape[0]):
+        row, target, least, most = rows[i], out[i], low[i], high[i]
+        for k in range(row.shape[0]):
+            size = abs(row[k])
+            target[k] = zero if (size < least) | (size > most) else row[k]
+
+
+@kernel
+def variance(rows, out):
+    """Population variance over the rows; exactly 0 where they are equal, as distances are to the first one."""
+    n, length = rows.shape
+    zero, count = rows.dtype.type(0), rows.dtype.type(n)
+    mean = np.empty(TILE, rows.dtype)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        first = rows[0, begin : begin + size]
+        target = out[begin : begin + size]
+        for k in range(size):
+            mean[k] = zero
+            target[k] = zero
+        for i in range(1, n):
+            row = rows[i, begin : begin + size]
+            for k in range(size):
+                mean[k] += row[k] - first[k]
+        for k in range(size):
+            mean[k] /= count
+        for i in range(n):
+            row = rows[i, begin : begin + size]
+            for k in range(size):
+                apart = (row[k] - first[k]) - mean[k]
+                target[k] += apart * apart
+        for k in range(size):
+            target[k] /= count
+
+
+@_block_kernel
+def _sum(values):
+    total = 0.0
+    for k in range(values.shape[0]):
+        total += values[k]
+    return total
+
+
+@_block_kernel
+def _sum_abs(values):
+    total = 0.0
+    for k in range(values.shape[0]):
+        total += abs(values[k])
+    return total
+
+
+@_block_kernel
+def _dot(a, b):
+    total = 0.0
+    for k in range(a.shape[0]):
+        total += np.float64(a[k]) * np.float64(b[k])
+    return total
+
+
+@kernel
+def block_sums(rows, block, absolute, out):
+    """out[i, b] = Σ over block b of rows[i], or of its magnitudes, in float64."""
+    n, length = rows.shape
+    for i in range(n):
+        for b in range(out.shape[1]):
+            part = rows[i, b * block : min((b + 1) * block, length)]
+            out[i, b] = _sum_abs(part) if absolute else _sum(part)
+
+
+@kernel
+def block_grams(rows, block, out):
+    """out[b, i, j] = inner product of rows i and j over block b, in float64."""
+    n, length = rows.shape
+    for b in range(out.shape[0]):
+        begin, end = b * block, min((b + 1) * block, length)
+        for i in range(n):
+            for j in range(i + 1):
+                out[b, i, j] = out[b, j, i] = _dot(rows[i, begin:end], rows[j, begin:end])
+
+
+@kernel
+def sign_conflicts(rows):
+    """(columns in which any entry is not zero, columns with entries of both signs)."""
+    n, length = rows.shape
+    moved, conflicts = 0, 0
+    signs = np.empty(TILE, np.uint32)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        signs[:] = 0
+        for i in range(n):
+            row = rows[i, begin : begin + size]
+            for k in range(size):
+                signs[k] |= np.uint32(row[k] > 0) | (np.uint32(row[k] < 0) << np.uint32(1))
+        here, both = np.int32(0), np.int32(0)
+        for k in range(size):
+            here += np.int32(signs[k] != 0)
+            both += np.int32(signs[k] == 3)
+        moved += here
+        conflicts += both
+    return moved, conflicts
+
+
+@kernel
+def count_zeros(rows, out):
+    """out[i] += entries of rows[i] that are 0."""
+    for i in range(rows.shape[0]):
+        for begin in range(0, rows.shape[1], TILE):
+            part = rows[i, begin : begin + TILE]
+            here = np.int32(0)
+            for k in range(part.shape[0]):
+                here += np.int32(part[k] == 0)
+            out[i] += here
+
+
+@kernel
+def tally32(bits, mask, firsts, top, low):
+    """Histograms of order-preserving keys of float32 values, given as their bits; `mask` takes off the sign or nothing.
+
+    top[head] counts the keys with the upper half `head`; low[r, head - firsts[r], lower half] those whose upper half
+    is one of the low.shape[1] that begin at firsts[r].
+    """
+    width = np.uint32(low.shape[1])
+    keys = np.empty(TILE, np.uint32)
+    for begin in range(0, bits.shape[0], TILE):
+        part = bits[begin : begin + TILE]
+        for k in range(part.shape[0]):
+            raw = np.uint32(part[k] & mask)
+            keys[k] = np.uint32(~raw) if raw >= np.uint32(0x80000000) else np.uint32(raw | np.uint32(0x80000000))
+        for k in range(part.shape[0]):
+            top[keys[k] >> np.uint32(16)] += np.int32(1)
+        for r in range(low.shape[0]):
+            first, table = firsts[r], low[r]
+            for k in range(part.shape[0]):
+                offset = np.uint32((keys[k] >> np.uint32(16)) - first)
+                if offset < width:
+                    table[offset, keys[k] & np.uint32(0xFFFF)] += np.int32(1)
+
+
+@kernel
+def tally64(bits, shift, heads, tables):
+    """tables[s, (key >> shift) & 0xFFFF] counts the keys of float64 values whose bits above those are heads[s]."""
+    for k in range(bits.shape[0]):
+        raw = bits[k]
+        key = ~raw if raw >> np.uint64(63) else raw | np.uint64(0x8000000000000000)
+        digits = key >> np.uint64(shift)
+        head = digits >> np.uint64(16)
+        for s in range(heads.shape[0]):
+            if head == heads[s]:
+                tables[s, digits & np.uint64(0xFFFF)] += np.int32(1)
+
+
+@kernel
+def mix(key, first, words):
+    """words[w] = the SplitMix64 finaliser of the counter first + w under a key."""
+    for w in range(words.shape[0]):
+        z = (np.uint64(first) + np.uint64(w)) * _GOLDEN + key
+        z = (z ^ (z >> np.uint64(30))) * _MIX1
+        z = (z ^ (z >> np.uint64(27))) * _MIX2
+        words[w] = z ^ (z >> np.uint64(31))
+
+
+@kernel
+def keep_drawn(row, key, second_key, start, kept, factor, out):
+    """out = row · factor where the element's draw (see `random`) is below `kept` of 2**32, else 0.
+
+    The upper half of a draw decides unless it equals that of the bound, once in 65536 times. `start` is a multiple
+    of 4.
+    """
+    zero = row.dtype.type(0)
+    words, one = np.empty(TILE // 4, np.uint64), np.empty(1, np.uint64)
+    lanes = words.view(np.uint16)
+    bound, rest = np.uint16(kept >> np.uint64(16)), np.uint64(kept & np.uint64(0xFFFF))
+    for begin in range(0, row.shape[0], TILE):
+        size = min(TILE, row.shape[0] - begin)
+        mix(key, (start + begin) // 4, words[: (size + 3) // 4])
+        part, target = row[begin : begin + size], out[begin : begin + size]
+        equal = np.int32(0)
+        for k in range(size):
+            equal += np.int32(lanes[k] == bound)
+            target[k] = part[k] * factor if lanes[k] < bound else zero
+        if equal:
+            for k in range(size):
+                if lanes[k] == bound:
+                    at = start + begin + k
+                    mix(second_key, at // 4, one)
+                    if (one[0] >> np.uint64(16 * (at % 4))) & np.uint64(0xFFFF) < rest:
+                        target[k] = part[k] * factor
+
+
+@kernel
+def ranks(keys, order, spare, counts, out):
+    """out = rank of each 31-bit key among all, from 0; equal keys by their place. A radix sort of three digits.
+
+    `order` and `spare` are int32 of the length of `keys`, `counts` has 2048 entries; they are overwritten.
+    """
+    length = keys.shape[0]
+    for k in range(length):
+        order[k] = k
+    for digit in range(3):
+        shift = np.uint32(11 * digit)
+        counts[:] = 0
+        for k in range(length):
+            counts[(keys[k] >> shift) & np.uint32(0x7FF)] += np.int32(1)
+        before = np.int32(0)
+        for d in range(counts.shape[0]):
+            here = counts[d]
+            counts[d] = before
+            before += here
+        for k in range(length):
+            element = order[k]
+            d = (keys[element] >> shift) & np.uint32(0x7FF)
+            spare[counts[d]] = element
+            counts[d] += np.int32(1)
+        order, spare = spare, order
+    for k in range(length):
+        out[order[k]] = k
+
+
+@kernel
+def keep_ranked(values, bits, width, first_key, second_key, start, low, step, divide, out):
+    """Row by row of `width`: out = the value where its draw is below low + step · rank, else 0; ranks are those of the
+    magnitudes within the row, given by `bits`. What is kept is divided by its probability if `divide`.
+    """
+    zero = values.dtype.type(0)
+    order, spare, rank = np.empty(width, np.int32), np.empty(width, np.int32), np.empty(width, np.int32)
+    counts, keys = np.empty(2048, np.int32), np.empty(width, np.uint32)
+    upper, lower = np.empty(width // 4 + 2, np.uint64), np.empty(width // 4 + 2, np.uint64)
+    high, rest = upper.view(np.uint16), lower.view(np.uint16)
+    for begin in range(0, values.shape[0], width):
+        row, target, magnitude = values[begin : begin + width], out[begin : begin + width], bits[begin : begin + width]
+        for k in range(width):
+            keys[k] = np.uint32(magnitude[k])
+        ranks(keys, order, spare, counts, rank)
+        at = start + begin
+        mix(first_key, at // 4, upper)
+        mix(second_key, at // 4, lower)
+        lane = at % 4
+        for k in range(width):
+            draw = np.float64(high[lane + k]) * 65536.0 + np.float64(rest[lane + k])
+            chance = low + step * np.float64(rank[k])
+            value = row[k] / row.dtype.type(chance) if divide else row[k]
+            target[k] = value if draw < chance * 4294967296.0 else zero

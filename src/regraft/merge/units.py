@@ -1,0 +1,71 @@
+"""What the engine keeps of a unit while its chunks are on their way: the rule's steps, statistics and decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.merge.jobs import Job
+from regraft.merge.kernels import widen
+from regraft.merge.rule import Chunk, Steps, Unit
+from regraft.merge.statistics import Statistic
+
+# A statistic that wants to look at a sample first sees this many runs of elements from all over a tensor, or the model.
+_SAMPLES, _SAMPLES_OF_MODEL = 8, 128
+_SAMPLE_LENGTH = 4096
+
+
+@dataclass(eq=False)
+class UnitState:
+    jobs: list[Job]
+    unit: Unit[Any]
+    steps: Steps | None = None
+    statistics: list[Statistic] = field(default_factory=list)
+    active: list[Statistic] = field(default_factory=list)
+    decision: Any = None  # how to combine, once the rule has returned it
+    pending: int = 0
+    left: dict[str, int] = field(default_factory=dict)  # chunks to go in the last pass, by tensor
+    first_pass: bool = True
+    kept: Chunk[Any] | None = None  # the only chunk of a small unit, kept between sweeps
+
+    @property
+    def numel(self) -> int:
+        return sum(job.info.numel for job in self.jobs)
+
+    def sample(self, device: torch.device) -> Chunk[Any]:
+        """Runs of elements from all over the unit, one after another as if they were one chunk."""
+        step = max(self.numel // (_SAMPLES if len(self.jobs) == 1 else _SAMPLES_OF_MODEL), 1)
+        pieces: list[Chunk[Any]] = []
+        passed, wanted = 0, step // 2
+        for job in self.jobs:
+            while wanted < passed + job.info.numel:
+                start = min(wanted - passed, max(job.info.numel - _SAMPLE_LENGTH, 0))
+                stop = min(start + _SAMPLE_LENGTH, job.info.numel)
+                pieces.append(as_chunk(job, start, [source.read(start, stop) for source in job.sources], device))
+                wanted += step
+            passed += job.info.numel
+        rows = torch.cat([piece.models for piece in pieces], 1)
+        base = torch.cat([piece.base for piece in pieces]) if pieces[0].has_base else None
+        return Chunk(self.jobs[0].info, self.jobs[0].options, 0, rows, base)
+
+
+@dataclass(frozen=True)
+class Task:
+    state: UnitState
+    job: Job
+    start: int
+    stop: int
+
+
+def as_chunk(job: Job, start: int, raw: Sequence[Tensor], device: torch.device) -> Chunk[Any]:
+    """What was read of `job.sources` as a chunk on a device; only the base is widened at once."""
+    rows = [values.to(device) for values in raw]
+    base = None
+    if job.base is not None:
+        base = torch.empty(len(rows[-1]), dtype=job.arithmetic, device=device)
+        widen(rows.pop(), base)
+    return Chunk(job.info, job.options, start, rows, base, job.arithmetic, job.block)
