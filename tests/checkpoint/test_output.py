@@ -285,14 +285,14 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_an_old_model_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = old_model(tmp_path / "out")
-    remove: Callable[[Path], None] = output._remove
+    remove: Callable[[Path], None] = output.remove
 
     def stuck(path: Path) -> None:
         if path.name.endswith("-old"):
             raise OSError(errno.EACCES, "denied")
         remove(path)
 
-    monkeypatch.setattr(output, "_remove", stuck)
+    monkeypatch.setattr(output, "remove", stuck)
     with pytest.warns(UserWarningMessage, match=r"\.out\.regraft-old"):
         save(out, small(), force=True)
     monkeypatch.undo()

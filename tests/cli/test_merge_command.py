@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from regraft.checkpoint.lineage import Lineage
@@ -111,6 +112,16 @@ def test_a_recipe_that_cannot_run_fails_before_anything_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_found_before_anything_is_written(cli, recipe: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    for arguments in (["plan", recipe], ["merge", recipe, tmp_path / "out"], ["run", recipe, "-o", tmp_path / "out"]):
+        done = cli(*arguments, "--device", "cuda:7")
+        assert (done.exit_code, done.stderr[:7], done.stderr.count("\n")) == (2, "RG406: ", 1)
+        assert cli(*arguments, "--device", "gpu").exit_code == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_run_does_all_steps_and_a_second_run_nothing(cli, recipe: Path, tmp_path: Path) -> None:
     change = ["--set", "steps.merged.sweep={density: [0.1, 0.5]}", "--set", "steps.merged.lambda=0.9"]
     without = recipe.read_text().replace("    density: 0.2\n", "")
@@ -124,18 +135,24 @@ def test_run_does_all_steps_and_a_second_run_nothing(cli, recipe: Path, tmp_path
     assert second.stderr.count("done before") == 2
 
 
-def test_ctrl_c_leaves_nothing(cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(
+    cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from regraft.checkpoint.writer import ModelWriter
 
     def interrupt(self: ModelWriter) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ModelWriter, "publish", interrupt)
-    before = sorted(tmp_path.rglob("*"))
-    done = cli("merge", recipe, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelWriter, "publish", interrupt)
+        done = cli("merge", recipe, tmp_path / "out")
     assert done.exit_code == 130
-    assert done.stderr.endswith("interrupted; nothing was written\n")
-    assert sorted(tmp_path.rglob("*")) == before
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("interrupted; 21 of 21 tensors are kept in ")
+    assert last.endswith(", and the same command goes on from there")
+    assert not (tmp_path / "out").exists()
+    assert cli("merge", recipe, tmp_path / "out").exit_code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "recipe.yaml"]
 
 
 def test_run_leaves_a_page_that_needs_nothing_else(cli: Callable[..., Any], recipe: Path, tmp_path: Path) -> None:

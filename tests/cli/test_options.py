@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from typing import Any
+
 import pytest
+import torch
 import typer
 
-from regraft.cli.options import settings, size
+from regraft.cli import options
+from regraft.cli.merge import merge
+from regraft.cli.options import device, on_this_machine, settings, size
+from regraft.cli.plan import plan
 from regraft.cli.progress import count, duration
+from regraft.cli.run import run
 from regraft.cli.words import options_in_words, size_in_words
+from regraft.recipe.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -22,6 +32,39 @@ def test_sizes(text: str, wanted: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         size(text)
+
+
+@pytest.mark.parametrize("text", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_devices(text: str) -> None:
+    assert device(text) == text
+
+
+@pytest.mark.parametrize("text", ["", "gpu", "cpu:0", "cuda:", "cuda:x", "cuda:-1", " cuda", "meta"])
+def test_what_is_no_device(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        device(text)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wanted", "found"),
+    [(False, "auto", "cpu"), (True, "auto", "cuda"), (True, "cpu", "cpu"), (False, "cuda:1", "cuda:1")],
+)
+def test_auto_is_the_gpu_if_there_is_one(gpu: bool, wanted: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert on_this_machine(settings(device=wanted, seed=3)) == settings(device=found, seed=3)
+
+
+def test_merge_run_and_plan_have_the_same_switches_each_handed_on() -> None:
+    """The signature of `settings` is the one list; a switch that were not handed on would be without effect."""
+    switches = inspect.signature(options.settings).parameters
+    for command in (merge, run, plan):
+        assert set(switches) < set(inspect.signature(command).parameters)
+        assert "settings" not in inspect.signature(command).parameters
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    assert {"shard_bytes" if name == "shard_size" else name for name in switches} == fields
+    given: dict[str, Any] = {name: f"value of {name}" for name in switches}
+    made = dataclasses.asdict(settings(**given))
+    assert made == {name: given["shard_size" if name == "shard_bytes" else name] for name in fields}
 
 
 def test_settings_take_the_names_of_the_options() -> None:

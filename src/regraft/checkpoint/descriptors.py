@@ -128,15 +128,15 @@ class DataFile:
                     done += got
                 if _state(descriptor) != self._state:
                     raise self._changed(f"the file was changed while regraft was reading it, at {what}")
-        except FileNotFoundError:
+        except FileNotFoundError as error:  # the cause is kept: it tells failures of the system from bad input
             raise UserError(
                 "RG101", "the file is gone", where=str(self.path), fix="run again with it in place"
-            ) from None
+            ) from error
         except OSError as error:
             reason = f"{what} cannot be read: {error.strerror}"
             raise UserError(
                 "RG103", reason, where=str(self.path), fix="check the disk, or copy the file again"
-            ) from None
+            ) from error
         return buffer
 
     def _changed(self, what: str) -> UserError:

@@ -8,6 +8,7 @@ The header is padded with spaces so that the data begin at a multiple of 8 bytes
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -76,6 +77,15 @@ def index(shards: Sequence[Shard], specs: Sequence[TensorSpec]) -> str | None:
     weight_map = {name: shard.file for shard in shards for name in shard.offsets}
     metadata = {"total_size": sum(spec.nbytes for spec in specs)}
     return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+
+
+def layout_digest(shards: Sequence[Shard]) -> str:
+    """What names a layout: files, their headers (names, shapes, dtypes, offsets) and sizes; 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for shard in shards:
+        digest.update(f"{shard.file}\0{shard.size}\0{len(shard.header)}\0".encode())
+        digest.update(shard.header)
+    return digest.hexdigest()
 
 
 def size_on_disk(specs: Sequence[TensorSpec], shard_bytes: int = SHARD_BYTES) -> int:

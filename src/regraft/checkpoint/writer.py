@@ -3,6 +3,11 @@
 Headers are written and disk space is reserved before the first slice (see `shards`), the whole appears under its
 final name by one rename (see `output`), and only if every element was written. Nothing is buffered: a slice goes from
 the caller's tensor to its place in the file, so writing costs no memory beside the slice itself.
+
+A writer that is told what the values depend on keeps a journal of finished tensors (see `journal`). The same run then
+goes on after a kill, and after whatever is not the fault of its input: Ctrl-C, a read that failed, a source that was
+away. A run whose input is bad, and one that filled the disk, leaves nothing: its staging folder would be of no use, or
+in the way of everything else on that disk.
 """
 
 from __future__ import annotations
@@ -12,15 +17,30 @@ import os
 import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from stat import S_ISREG
 from types import TracebackType
+from typing import Any
 
 import torch
 
-from regraft.checkpoint.output import OutputFolder, explained
-from regraft.checkpoint.shards import INDEX_NAME, SHARD_BYTES, TensorSpec, index, layout, size_on_disk
+from regraft.checkpoint.flush import Flusher
+from regraft.checkpoint.journal import FILE_NAME as JOURNAL
+from regraft.checkpoint.journal import Journal, boot_id
+from regraft.checkpoint.output import DISK_FULL, OutputFolder, explained, remove
+from regraft.checkpoint.shards import (
+    INDEX_NAME,
+    SHARD_BYTES,
+    Shard,
+    TensorSpec,
+    index,
+    layout,
+    layout_digest,
+    size_on_disk,
+)
+from regraft.errors import UserError
 
 __all__ = ["ModelWriter", "TensorSpec", "size_on_disk"]
 
@@ -32,7 +52,9 @@ class ModelWriter:
     """Writes the weights of one model into `out`; other files of the model are put into `staging` by the caller.
 
     The constructor checks and creates nothing; entering the context makes the staging folder with all shards at
-    their full size. Leaving it without `publish`, by an exception or not, removes all of it again.
+    their full size, or goes on with that of an unfinished run. Leaving it without `publish` removes all of it again,
+    unless tensors are finished and `depends_on` is given and the exception is one that the next run may not meet:
+    then its sentence says that the same command goes on, and where the folder is.
 
     Args:
         out: the folder to make; it may exist if it is empty, or hold a model if `force`.
@@ -40,6 +62,12 @@ class ModelWriter:
         shard_bytes: most bytes of tensor data per file; a larger tensor has a file to itself.
         force: replace a model that is in `out` already.
         extra_bytes: room that the caller needs in the staging folder besides the weights.
+        depends_on: everything that the values depend on, JSON-able; a run with equal facts and tensors may go on
+            where this one stopped. Nothing is resumed if None.
+
+    Attributes:
+        finished: the tensors that an earlier run has finished, with the facts that `finish` was given for them; known
+            once the writer is open. They count as written.
 
     Raises:
         UserError: RG401, RG402, RG405 (see `OutputFolder`), before anything is created.
@@ -54,22 +82,32 @@ class ModelWriter:
         shard_bytes: int = SHARD_BYTES,
         force: bool = False,
         extra_bytes: int = 0,
+        depends_on: Mapping[str, Any] | None = None,
     ) -> None:
         self._shards = layout(specs, shard_bytes)
         self._index = index(self._shards, specs)
-        self._folder = OutputFolder(out, force=force, need_bytes=size_on_disk(specs, shard_bytes) + extra_bytes)
+        need = size_on_disk(specs, shard_bytes) + extra_bytes
+        self._folder = OutputFolder(out, force=force, need_bytes=need, adopt=self._adopt)
         self.out, self.staging = self._folder.out, self._folder.staging
         self._specs = {spec.name: spec for spec in specs}
         self._place = {name: (self.staging / s.file, at) for s in self._shards for name, at in s.offsets.items()}
-        self._finished = {name: _Ranges() for name in self._specs}
+        self._written = {name: _Ranges() for name in self._specs}
         self._mutex = threading.Lock()
         self._files = _Files()
+        self._flusher = Flusher()
+        self._depends_on = depends_on
+        self._journal: Journal | None = None
+        self._damaged = False  # the disk refused something that was to be kept
+        self.finished: Mapping[str, dict[str, Any]] = {}
 
     def __enter__(self) -> ModelWriter:
         with ExitStack() as stack:
             stack.enter_context(self._folder)
-            for shard in self._shards:
-                _allocate(self.staging / shard.file, shard.header, shard.size)
+            if self._journal is None:
+                for shard in self._shards:
+                    _allocate(self.staging / shard.file, shard.header, shard.size)
+                if self._depends_on is not None and boot_id():
+                    self._journal = Journal.create(self.staging / JOURNAL, self._identity(self._depends_on))
             stack.pop_all()  # all went well: the folder stays open until our own exit
         return self
 
@@ -77,7 +115,53 @@ class ModelWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._files.close()
-        self._folder.__exit__(kind, error, trace)
+        try:
+            self._flusher.close()
+        except OSError:
+            self._damaged = True  # if all else went well, the sync before publishing has told it already
+        count = 0
+        if self._journal is not None:
+            self._journal.close()
+            count = self._journal.count
+        # The journal goes before the output gets its name: interrupted after that, there is nothing to go on with.
+        of_use = count and not self._damaged and self._folder.active and (self.staging / JOURNAL).exists()
+        if error is None or not of_use or not _may_pass(error):
+            self._folder.__exit__(kind, error, trace)
+            return
+        self._folder.abort(keep=True)
+        kept = f"{count} of {len(self._specs)} tensors are kept in {self.staging}"
+        raise _with_hint(error, f"{kept}, and the same command goes on from there") from error
+
+    def _identity(self, depends_on: Mapping[str, Any]) -> dict[str, Any]:
+        """What a journal must say to be believed; made from the shards as they lie in the staging folder.
+
+        Raises:
+            OSError: a shard is missing.
+        """
+        states = [(self.staging / shard.file).lstat() for shard in self._shards]
+        files = [[state.st_dev, state.st_ino] for state in states]
+        return {"depends_on": depends_on, "layout": layout_digest(self._shards), "shards": files}
+
+    def _adopt(self, staging: Path) -> bool:
+        """Go on with what an unfinished run has left, if it is of this very run and as it was left."""
+        if self._depends_on is None or not boot_id():
+            return False
+        try:
+            if not all(_as_laid_out(staging / shard.file, shard) for shard in self._shards):
+                return False
+            identity = self._identity(self._depends_on)
+            journal = Journal.adopt(staging / JOURNAL, identity, self._specs)
+            if journal is None:
+                return False
+            ours = {JOURNAL, *(shard.file for shard in self._shards)}
+            for path in [path for path in staging.iterdir() if path.name not in ours]:
+                remove(path)
+        except OSError:
+            return False  # it cannot be read as a whole: the folder makes a new one, or says why it cannot
+        for name in journal.finished:
+            self._written[name].add(0, self._specs[name].numel)
+        self._journal, self.finished = journal, journal.finished
+        return True
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Store elements `[start, start + len(values))` of a tensor. Thread-safe; ranges may come in any order.
@@ -112,8 +196,33 @@ class ModelWriter:
                     done = os.pwrite(descriptor, data, at)
                     data, at = data[done:], at + done
         except OSError as error:
-            raise explained(error, self.out) from error
-        self._record(name, start, stop)
+            raise self._failed(error) from error
+        with self._mutex:
+            self._written[name].add(start, stop)
+
+    def finish(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Note that all elements of a tensor are written, for a run that goes on after this one. Thread-safe.
+
+        Args:
+            name: a tensor of `specs`, all of which has been written.
+            facts: JSON-able; a later run finds them in `finished`.
+
+        Raises:
+            RuntimeError: elements of it were never written, or the writer is not open.
+            UserError: RG402 or RG405 if the disk failed.
+        """
+        with self._mutex:
+            left = self._specs[name].numel - self._written[name].count
+        if left:
+            raise RuntimeError(f"{name} is not finished: {left} elements were never written")
+        if not self._folder.active:
+            raise RuntimeError("the writer is not open")
+        try:
+            if self._journal is not None:
+                self._journal.add(name, facts)
+            self._flusher.wrote(self._place[name][0], self._specs[name].nbytes)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def publish(self) -> None:
         """Make the staging folder the output, by one rename, after everything in it has reached the disk.
@@ -128,20 +237,52 @@ class ModelWriter:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise RuntimeError(f"{len(missing)} tensors have elements that were never written: {named}{more}")
         self._files.close()
-        if self._index is not None and self._folder.active:
-            (self.staging / INDEX_NAME).write_text(self._index, encoding="utf-8")
-        self._folder.publish()
+        try:
+            self._flusher.close()
+            if self._index is not None and self._folder.active:
+                (self.staging / INDEX_NAME).write_text(self._index, encoding="utf-8")
+        except OSError as error:
+            raise self._failed(error) from error
+        self._folder.publish(without=JOURNAL if self._journal is not None else "")
 
     def missing(self) -> dict[str, int]:
         """Number of elements not written yet, for each tensor that has any."""
         with self._mutex:
-            left = {name: spec.numel - self._finished[name].count for name, spec in self._specs.items()}
+            left = {name: spec.numel - self._written[name].count for name, spec in self._specs.items()}
         return {name: count for name, count in left.items() if count}
 
-    def _record(self, name: str, start: int, stop: int) -> None:
-        """Note a finished range. A journal that makes a killed run resumable belongs here."""
-        with self._mutex:
-            self._finished[name].add(start, stop)
+    def _failed(self, error: OSError) -> Exception:
+        """The sentence for a write or a sync that failed, after which nothing on that disk is relied on."""
+        self._damaged = True
+        return explained(error, self.out)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the next run may succeed with the same input: it was stopped, a read failed, or a name was taken.
+
+    Not so if the disk is full: what is kept would keep it full.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    if not isinstance(error, UserError):
+        return False
+    cause = error.__cause__
+    return error.code == "RG401" or (isinstance(cause, OSError) and cause.errno not in DISK_FULL)
+
+
+def _with_hint(error: BaseException, hint: str) -> BaseException:
+    if isinstance(error, UserError):
+        return UserError(error.code, error.what, where=error.where, fix="; ".join(filter(None, [error.fix, hint])))
+    return KeyboardInterrupt(hint)
+
+
+def _as_laid_out(path: Path, shard: Shard) -> bool:
+    """Whether a file has the size and the header of a shard."""
+    status = path.lstat()
+    if not S_ISREG(status.st_mode) or status.st_size != shard.size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(shard.header)) == shard.header
 
 
 class _Ranges:
@@ -182,7 +323,7 @@ class _Files:
                 idle = next((p for p, (_, users) in self._open.items() if users == 0), None)
                 if len(self._open) >= _OPEN_FILES and idle is not None:
                     os.close(self._open.pop(idle)[0])
-                entry = self._open[path] = [os.open(path, os.O_WRONLY), 0]
+                entry = self._open[path] = [os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW), 0]
             self._open.move_to_end(path)
             entry[1] += 1
         try:

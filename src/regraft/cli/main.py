@@ -19,6 +19,7 @@ from regraft.cli.methods import methods
 from regraft.cli.plan import plan
 from regraft.cli.run import run
 from regraft.cli.schema import schema
+from regraft.cli.signals import die_at_once
 from regraft.cli.terminal import Debug, Quiet, Terminal, Verbose, command
 from regraft.version import __version__
 
@@ -66,4 +67,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
-    app(prog_name="regraft")
+    try:
+        app(prog_name="regraft")
+    finally:
+        # Threads of a run that was stopped may still have to end; no traceback then if somebody is impatient.
+        die_at_once()

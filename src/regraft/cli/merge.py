@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from regraft.cli import options as opt
-from regraft.cli.plan import show_plan
+from regraft.cli.plan import tell_plan
 from regraft.cli.progress import TerminalProgress
 from regraft.cli.terminal import Terminal
 from regraft.cli.words import size_in_words
+from regraft.recipe.settings import Settings
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the model; it must not exist, or be empty.")]
 
 
+@opt.with_settings
 def merge(
     terminal: Terminal,
     recipe: opt.RecipePath,
@@ -23,51 +26,51 @@ def merge(
     assignments: opt.Assignments = [],  # noqa: B006 - typer copies it
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
-    force: opt.Force = False,
-    allow_nan: opt.AllowNan = False,
-    accept_licenses: opt.AcceptLicenses = False,
-    offline: opt.Offline = False,
-    workers: opt.Workers = None,
-    chunk: opt.Chunk = None,
-    max_memory: opt.MaxMemory = None,
-    shard_size: opt.ShardSize = opt.DEFAULT_SHARD,
-    seed: opt.Seed = None,
+    *,
+    settings: Settings,
 ) -> None:
     """Merge models by a recipe into one model that from_pretrained loads."""
-    settings = opt.settings(
-        force=force,
-        allow_nan=allow_nan,
-        accept_licenses=accept_licenses,
-        offline=offline,
-        workers=workers,
-        chunk=chunk,
-        max_memory=max_memory,
-        shard_size=shard_size,
-        seed=seed,
-    )
-    document = opt.read_recipe(recipe, assignments)
+    from regraft.recipe.stamp import Stamp
+    from regraft.recipe.yaml_file import read_text
+
+    text = read_text(recipe)
+    stamp = Stamp("merge", recipe, text, assignments, out, settings)
+    if not (dry_run or terminal.verbose) and (told := stamp.result()) is not None:
+        terminal.repeat(told["notes"])
+        terminal.line(f"{out} is up to date")
+        _show(terminal, out, told["model"], as_json)
+        return
+    from regraft.recipe import parse_recipe
+
+    settings = opt.on_this_machine(settings)
+    document = parse_recipe(text, path=recipe, changes=assignments)
+    stamp.watch(document)
     if dry_run or terminal.verbose:
         from regraft.recipe.run import check_merge
 
-        planned = check_merge(document, out, settings).to_dict()
-        if dry_run and as_json:
-            terminal.json(planned)
-        else:
-            show_plan(terminal, terminal.out if dry_run else terminal.err, planned)
+        tell_plan(terminal, check_merge(document, out, settings), dry_run=dry_run, as_json=as_json)
         if dry_run:
             return
     from regraft.checkpoint.lineage import Lineage
     from regraft.recipe.run import merge as merge_recipe
 
+    if len(document.steps) > 1:
+        terminal.interrupted = f"finished steps are kept in {out}.steps, and the same command goes on from there"
     with TerminalProgress(terminal) as progress:
         folder = merge_recipe(document, out, settings, progress)
-    lineage = Lineage.read(folder)
+    terminal.interrupted = f"{folder} is finished"
+    facts = {"step", "method", "key", "output", "licence", "wall_seconds", "peak_memory_bytes", "warnings"}
+    model = Lineage.read(folder).model_dump(mode="json", include=facts)
+    terminal.unless_stamped(stamp.keep({"notes": terminal.notes, "model": model}))
+    _show(terminal, folder, model, as_json)
+
+
+def _show(terminal: Terminal, folder: Path, model: Mapping[str, Any], as_json: bool) -> None:
+    """What came out, from the facts of its lineage."""
     if as_json:
-        facts = {"step", "method", "key", "output", "licence", "wall_seconds", "peak_memory_bytes", "warnings"}
-        terminal.json({"out": str(folder), **lineage.model_dump(mode="json", include=facts)})
-        return
-    output = lineage.output
-    sizes = f"{output.tensors} tensors, {size_in_words(output.bytes)}, {output.dtype}, " if output else ""
-    if not terminal.quiet:
-        memory = f"peak memory {size_in_words(lineage.peak_memory_bytes or 0)}"
-        terminal.out.print(f"{folder}: {lineage.method}, {sizes}{memory}", markup=False)
+        terminal.json({"out": str(folder), **model})
+    elif not terminal.quiet:
+        output = model["output"]
+        sizes = f"{output['tensors']} tensors, {size_in_words(output['bytes'])}, {output['dtype']}, " if output else ""
+        memory = f"peak memory {size_in_words(model['peak_memory_bytes'] or 0)}"
+        terminal.out.print(f"{folder}: {model['method']}, {sizes}{memory}", markup=False)

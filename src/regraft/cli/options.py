@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from regraft.recipe.document import Recipe
-    from regraft.recipe.settings import Settings
+from regraft.recipe.settings import Settings
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?|)b?", re.IGNORECASE)
 
 
@@ -23,6 +26,13 @@ def size(text: str) -> int:
     if number < 1:
         raise typer.BadParameter(f"{text!r} is no size; write 4GB, 512MB or 1.5GiB")
     return number
+
+
+def device(text: str) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:N`; whether it is there is not asked here."""
+    if not _DEVICE.fullmatch(text):
+        raise typer.BadParameter(f"{text!r} is no device; write auto, cpu, cuda or cuda:1")
+    return text
 
 
 _RUN = "How to run"
@@ -67,6 +77,14 @@ Chunk = Annotated[
         rich_help_panel=_RUN,
     ),
 ]  # fmt: skip
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="DEVICE", parser=device, rich_help_panel=_RUN,
+        help="Where to compute: cpu, cuda, cuda:1, or auto (the GPU if there is one). The last bit of a result may "
+        "depend on it.",
+    ),
+]  # fmt: skip
 MaxMemory = Annotated[
     int | None,
     typer.Option(
@@ -89,16 +107,53 @@ Seed = Annotated[
 DEFAULT_SHARD: Any = "5GB"
 
 
-def settings(**switches: Any) -> Settings:
-    """The switches of a run, under the names of the options' parameters."""
-    from regraft.recipe.settings import Settings
+def settings(
+    force: Force = False,
+    allow_nan: AllowNan = False,
+    accept_licenses: AcceptLicenses = False,
+    offline: Offline = False,
+    workers: Workers = None,
+    chunk: Chunk = None,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    shard_size: ShardSize = DEFAULT_SHARD,
+    seed: Seed = None,
+) -> Settings:
+    """The switches of a run. This signature is the one list of them; see `with_settings`."""
+    return Settings(
+        force=force,
+        allow_nan=allow_nan,
+        accept_licenses=accept_licenses,
+        offline=offline,
+        workers=workers,
+        chunk=chunk,
+        device=device,
+        max_memory=max_memory,
+        shard_bytes=shard_size,
+        seed=seed,
+    )
 
-    switches["shard_bytes"] = switches.pop("shard_size")
-    return Settings(**switches)
+
+def on_this_machine(settings: Settings) -> Settings:
+    """The same with the device that `auto` means here, which imports torch; a device by name is left to the plan."""
+    if settings.device != "auto":
+        return settings
+    import torch
+
+    return replace(settings, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def read_recipe(path: Path, assignments: list[str]) -> Recipe:
-    """The recipe of a file, with what --set changes."""
-    from regraft.recipe import load_recipe
+def with_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command's keyword parameter `settings` out of options: those of the function `settings`, in its order."""
+    own = inspect.signature(function, eval_str=True)
+    shared = inspect.signature(settings, eval_str=True).parameters
 
-    return load_recipe(path, changes=assignments)
+    @functools.wraps(function)
+    def command(*arguments: Any, **given: Any) -> None:
+        switches = {name: given.pop(name) for name in shared}
+        function(*arguments, settings=settings(**switches), **given)
+
+    parameters = [p for name, p in own.parameters.items() if name != "settings"]
+    parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared.values()]
+    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return command

@@ -12,50 +12,43 @@ from regraft.cli import options as opt
 from regraft.cli.progress import count, duration
 from regraft.cli.terminal import Terminal
 from regraft.cli.words import options_in_words, size_in_words, value_in_words
+from regraft.recipe.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from regraft.recipe.plan import Plan
 
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="OUT", help="Where the results would go, to check the disk.")
 ]
 
 
+@opt.with_settings
 def plan(
     terminal: Terminal,
     recipe: opt.RecipePath,
     out: Out = None,
     assignments: opt.Assignments = [],  # noqa: B006 - typer copies it
     as_json: opt.Json = False,
-    force: opt.Force = False,
-    allow_nan: opt.AllowNan = False,
-    accept_licenses: opt.AcceptLicenses = False,
-    offline: opt.Offline = False,
-    workers: opt.Workers = None,
-    chunk: opt.Chunk = None,
-    max_memory: opt.MaxMemory = None,
-    shard_size: opt.ShardSize = opt.DEFAULT_SHARD,
-    seed: opt.Seed = None,
+    *,
+    settings: Settings,
 ) -> None:
     """Check a recipe and show what a run would do. The exit status is 0 only if it can start."""
+    from regraft.recipe import load_recipe
     from regraft.recipe.plan import make_plan
 
-    settings = opt.settings(
-        force=force,
-        allow_nan=allow_nan,
-        accept_licenses=accept_licenses,
-        offline=offline,
-        workers=workers,
-        chunk=chunk,
-        max_memory=max_memory,
-        shard_size=shard_size,
-        seed=seed,
-    )
-    planned = make_plan(opt.read_recipe(recipe, assignments), settings, out=out)
-    if as_json:
-        terminal.json(planned.to_dict())
+    settings = opt.on_this_machine(settings)
+    planned = make_plan(load_recipe(recipe, changes=assignments), settings, out=out)
+    tell_plan(terminal, planned, dry_run=True, as_json=as_json)
+
+
+def tell_plan(terminal: Terminal, plan: Plan, *, dry_run: bool, as_json: bool) -> None:
+    """Print a plan: as the result of a dry run, for a script if `as_json`, or as a remark before a run."""
+    if dry_run and as_json:
+        terminal.json(plan.to_dict())
     else:
-        show_plan(terminal, terminal.out, planned.to_dict())
+        show_plan(terminal, terminal.out if dry_run else terminal.err, plan.to_dict())
 
 
 def show_plan(terminal: Terminal, console: Console, plan: Mapping[str, Any]) -> None:

@@ -40,7 +40,13 @@ class TerminalProgress:
             self._bar.stop()
 
     def step(self, name: str) -> None:
-        """A step begins; the one before it is done."""
+        """A step begins; the one before it is done.
+
+        Raises:
+            KeyboardInterrupt: the run is to stop, which an import or another package's code has swallowed until here.
+        """
+        if self._terminal.arrived:
+            raise KeyboardInterrupt
         self._finish()
         self._name, self._done = name, 0
         self._begun = self._said = time.monotonic()

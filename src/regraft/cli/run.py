@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regraft.cli import options as opt
-from regraft.cli.plan import show_plan
+from regraft.cli.plan import tell_plan
 from regraft.cli.probe import show_probes
 from regraft.cli.progress import TerminalProgress
 from regraft.cli.terminal import Terminal
+from regraft.recipe.settings import Settings
 
 if TYPE_CHECKING:
-    from regraft.recipe.run import Evaluation
+    from regraft.recipe.scores import Evaluation
 
 Out = Annotated[
     Path | None,
@@ -24,6 +25,7 @@ Out = Annotated[
 ]
 
 
+@opt.with_settings
 def run(
     terminal: Terminal,
     recipe: opt.RecipePath,
@@ -31,38 +33,31 @@ def run(
     assignments: opt.Assignments = [],  # noqa: B006 - typer copies it
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
-    force: opt.Force = False,
-    allow_nan: opt.AllowNan = False,
-    accept_licenses: opt.AcceptLicenses = False,
-    offline: opt.Offline = False,
-    workers: opt.Workers = None,
-    chunk: opt.Chunk = None,
-    max_memory: opt.MaxMemory = None,
-    shard_size: opt.ShardSize = opt.DEFAULT_SHARD,
-    seed: opt.Seed = None,
+    *,
+    settings: Settings,
 ) -> None:
     """Do all steps of a recipe: merges, sweeps, evaluations. A second run does only what has changed."""
-    settings = opt.settings(
-        force=force,
-        allow_nan=allow_nan,
-        accept_licenses=accept_licenses,
-        offline=offline,
-        workers=workers,
-        chunk=chunk,
-        max_memory=max_memory,
-        shard_size=shard_size,
-        seed=seed,
-    )
-    document = opt.read_recipe(recipe, assignments)
+    from regraft.recipe.stamp import Stamp
+    from regraft.recipe.yaml_file import read_text
+
+    text = read_text(recipe)
     folder = out or Path("runs") / recipe.stem
+    stamp = Stamp("run", recipe, text, assignments, folder, settings)
+    if not (dry_run or terminal.verbose) and (told := stamp.result()) is not None:
+        terminal.repeat(told["notes"])
+        for name in told["results"]["artefacts"]:
+            terminal.line(f"{name}: done before")
+        _show(terminal, told["results"], as_json)
+        return
+    from regraft.recipe import parse_recipe
+
+    settings = opt.on_this_machine(settings)
+    document = parse_recipe(text, path=recipe, changes=assignments)
+    stamp.watch(document)
     if dry_run or terminal.verbose:
         from regraft.recipe.plan import make_plan
 
-        planned = make_plan(document, settings, out=folder).to_dict()
-        if dry_run and as_json:
-            terminal.json(planned)
-        else:
-            show_plan(terminal, terminal.out if dry_run else terminal.err, planned)
+        tell_plan(terminal, make_plan(document, settings, out=folder), dry_run=dry_run, as_json=as_json)
         if dry_run:
             return
     from regraft.recipe.run import run as run_recipe
@@ -76,16 +71,30 @@ def run(
     page = write_page(
         result.out / "report.html", title=recipe.stem, sections=run_sections(result.evaluations, result.artefacts)
     )
+    results = {
+        "out": str(result.out),
+        "artefacts": {name: str(path) for name, path in result.artefacts.items()},
+        "evaluations": [asdict(e) for e in result.evaluations],
+        "report": str(page),
+    }
+    terminal.unless_stamped(stamp.keep({"notes": terminal.notes, "results": results}))
+    _show(terminal, results, as_json)
+
+
+def _show(terminal: Terminal, results: Mapping[str, Any], as_json: bool) -> None:
+    """What came out: for a script what `results` holds, else lines and tables."""
     if as_json:
-        artefacts = {name: str(path) for name, path in result.artefacts.items()}
-        evaluations = [asdict(e) for e in result.evaluations]
-        terminal.json({"out": str(result.out), "artefacts": artefacts, "evaluations": evaluations, "report": str(page)})
+        terminal.json(results)
         return
-    for name in result.artefacts:
-        terminal.line(f"{name}: {result.out / name}")
-    _show_scores(terminal, result.evaluations)
-    show_probes(terminal, result.evaluations)
-    terminal.line(f"report: {page}")
+    for name in results["artefacts"]:
+        terminal.line(f"{name}: {Path(results['out']) / name}")
+    if results["evaluations"]:
+        from regraft.recipe.scores import Evaluation
+
+        evaluations = [Evaluation(**e) for e in results["evaluations"]]
+        _show_scores(terminal, evaluations)
+        show_probes(terminal, evaluations)
+    terminal.line(f"report: {results['report']}")
 
 
 def _show_scores(terminal: Terminal, evaluations: Sequence[Evaluation]) -> None:
@@ -93,8 +102,6 @@ def _show_scores(terminal: Terminal, evaluations: Sequence[Evaluation]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    if not evaluations:
-        return
     columns = list(dict.fromkeys((e.step, e.metric) for e in evaluations))
     table = Table("model", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for step, metric in columns:

@@ -1,7 +1,7 @@
 """What every command shares: the two output streams, how much to say, and how a command ends.
 
 Results go to stdout, everything else (progress, notes, errors) to stderr, so that `--json` can be piped. The exit
-status is 0 if it is done, 2 if the user's input is wrong, 130 after Ctrl-C, 1 for anything else.
+status is 0 if it is done, 2 if the user's input is wrong, 130 after Ctrl-C, 143 after SIGTERM, 1 for anything else.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from regraft.cli.signals import WORDS, stopping
 from regraft.errors import UserError, UserWarningMessage
 
 if TYPE_CHECKING:
@@ -34,13 +36,19 @@ UNFORESEEN = "run again with --debug for the traceback"
 
 @dataclass
 class Terminal:
-    """Where a command writes, and how much. `interrupted` is what Ctrl-C leaves behind, in words."""
+    """Where a command writes, and how much.
+
+    `interrupted` is what Ctrl-C leaves behind, in words; `arrived` are the signals to stop that have come; `notes` are
+    regraft's own remarks so far, shown or not.
+    """
 
     verbose: bool = False
     quiet: bool = False
     debug: bool = False
     interrupted: str = "nothing was written"
-    _noted: set[str] = field(default_factory=set)
+    arrived: list[signal.Signals] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _foreign: set[str] = field(default_factory=set)
 
     @cached_property
     def out(self) -> Console:
@@ -69,10 +77,26 @@ class Terminal:
             self.err.print(text, markup=False)
 
     def note(self, text: str) -> None:
-        """A warning, once, unless --quiet."""
-        if text not in self._noted:
-            self._noted.add(text)
+        """A remark of regraft's, once, unless --quiet."""
+        if text not in self.notes:
+            self.notes.append(text)
             self.line(f"note: {text}")
+
+    def repeat(self, notes: Iterable[str]) -> None:
+        """The remarks of an earlier run."""
+        for text in notes:
+            self.note(text)
+
+    def foreign(self, text: str) -> None:
+        """Another package's warning, once, unless --quiet."""
+        if text not in self._foreign:
+            self._foreign.add(text)
+            self.line(f"note: {text}")
+
+    def unless_stamped(self, reason: str) -> None:
+        """With --verbose, why the same command will check everything again next time; nothing if `reason` is ""."""
+        if self.verbose and reason:
+            self.line(f"no stamp for a quick second run: {reason}")
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -104,24 +128,32 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 def _run(terminal: Terminal, work: Callable[[], None]) -> None:
     _calm_others(terminal)
     try:
-        with warnings.catch_warnings():
+        with stopping(terminal.arrived), warnings.catch_warnings():
             _show_warnings(terminal)
             work()
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
-    except KeyboardInterrupt:
-        _fail(terminal, f"interrupted; {terminal.interrupted}", 130)
-    except UserError as error:
-        _fail(terminal, f"{error.code}: {error}", 2)
-    except BrokenPipeError:  # the reader of our output has gone, as in `regraft methods | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
+    except KeyboardInterrupt as error:
+        _stopped(terminal, str(error))
     except Exception as error:  # noqa: BLE001 - the outermost frame, where whatever nobody foresaw ends
+        if terminal.arrived:  # what an import or a worker made of the interruption
+            _stopped(terminal, "")
+        if isinstance(error, UserError):
+            _fail(terminal, f"{error.code}: {error}", 2)
+        if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `regraft methods | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
         reason = " ".join(str(error).split()) or "no reason given"
         _fail(terminal, f"error: {type(error).__name__}: {reason}; {UNFORESEEN}", 1)
 
 
-def _fail(terminal: Terminal, sentence: str, status: int) -> None:
+def _stopped(terminal: Terminal, left: str) -> NoReturn:
+    """The end after a signal; `left` is what it leaves behind, in the words of whoever was interrupted."""
+    number = terminal.arrived[0] if terminal.arrived else signal.SIGINT
+    _fail(terminal, f"{WORDS[number]}; {left or terminal.interrupted}", 128 + number)
+
+
+def _fail(terminal: Terminal, sentence: str, status: int) -> NoReturn:
     if terminal.debug:
         import traceback
 
@@ -146,7 +178,9 @@ def _show_warnings(terminal: Terminal) -> None:
         message: Warning | str, category: type[Warning], filename: str, lineno: int,
         file: TextIO | None = None, line: str | None = None,
     ) -> None:  # fmt: skip
-        own = issubclass(category, UserWarningMessage)
-        terminal.note(str(message) if own else f"{category.__name__}: {message} ({filename}, line {lineno})")
+        if issubclass(category, UserWarningMessage):
+            terminal.note(str(message))
+        else:
+            terminal.foreign(f"{category.__name__}: {message} ({filename}, line {lineno})")
 
     warnings.showwarning = show

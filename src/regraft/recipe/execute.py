@@ -1,8 +1,19 @@
-"""One planned merge, done: weights stream into a staging folder, everything else joins them, one rename publishes."""
+"""One planned merge, done: weights stream into a staging folder, everything else joins them, one rename publishes.
+
+What was finished when a run was killed or stopped is taken over by the same run (see `checkpoint.writer`). Only weights
+are: sidecars, card and lineage are made again, so that the files of an interrupted run are those of an uninterrupted
+one to the byte, except for the date, time and memory that regraft.json and the card tell of the last run.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +21,23 @@ import torch
 
 from regraft.checkpoint.card import write_card
 from regraft.checkpoint.licences import read_licence
-from regraft.checkpoint.lineage import InputRecord, Lineage, Output, fold_names, group_options
+from regraft.checkpoint.lineage import InputRecord, Lineage, Output, Software, fold_names, group_options
+from regraft.checkpoint.output import DISK_FULL
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
 from regraft.checkpoint.writer import ModelWriter
-from regraft.errors import UserWarningMessage
+from regraft.errors import UserError, UserWarningMessage
 from regraft.merge.diagnostics import TaskVectorStatistics
 from regraft.merge.engine import Outcome, run_jobs
 from regraft.recipe.document import Recipe
+from regraft.recipe.fit import Member
 from regraft.recipe.merge_plan import MergePlan
 from regraft.recipe.progress import Progress
 from regraft.recipe.settings import Settings
+
+# Switches that change how a run goes and never what it writes. All others are part of what makes a run the same.
+_INDIFFERENT = ("offline", "force", "accept_licenses", "workers", "chunk", "max_memory")
+# What compiles and runs the arithmetic, beside what the lineage names.
+_KERNELS = ("numpy", "numba")
 
 
 def execute(
@@ -28,33 +46,48 @@ def execute(
     """Make the model of a plan at `out`.
 
     Raises:
-        UserError: RG206 for values that are not finite, RG401, RG402, RG405 for the output; nothing is left then.
+        UserError: RG206 for values that are not finite, RG402 and RG405 for the output, which leave nothing; RG401 for
+            an output that is taken, RG101 and RG103 for a source that is gone, changed or cannot be read.
+        KeyboardInterrupt: with a sentence, if finished tensors are kept for the next run.
     """
     lineage = _begin(plan, recipe)
     collector = TaskVectorStatistics(len(plan.inputs)) if plan.rule.needs_base else None
     with (
         warnings.catch_warnings(record=True) as remarks,
-        ModelWriter(out, plan.specs, shard_bytes=settings.shard_bytes, force=settings.force) as writer,
+        ModelWriter(
+            out,
+            plan.specs,
+            shard_bytes=settings.shard_bytes,
+            force=settings.force,
+            depends_on=depends_on(plan, settings),
+        ) as writer,
     ):
         warnings.simplefilter("always", UserWarningMessage)
-        copy_sidecars(
-            writer.staging,
-            config_from=plan.config_from,
-            tokenizer_from=plan.tokenizer_from,
-            config_changes=plan.config_changes,
-            dtype=_main_dtype(plan),
-            chat_template=plan.step.chat_template,
-        )
+        if writer.finished:
+            done = f"{len(writer.finished)} of {len(plan.specs)} tensors"
+            progress.message(f"{plan.step.name}: {done} are there from a run that did not end")
         parents = [m.checkpoint for m in plan.parents]
-        copy_licences(writer.staging, parents)
+        with _readable():
+            copy_sidecars(
+                writer.staging,
+                config_from=plan.config_from,
+                tokenizer_from=plan.tokenizer_from,
+                config_changes=plan.config_changes,
+                dtype=_main_dtype(plan),
+                chat_template=plan.step.chat_template,
+            )
+            copy_licences(writer.staging, parents)
         outcome = run_jobs(
             plan.jobs,
             writer.write,
             workers=workers,
             chunk=chunk,
+            device=settings.device,
             allow_nan=settings.allow_nan,
-            observe=collector.observe if collector else None,
+            observer=collector,
             on_progress=progress.advance,
+            finished=writer.finished,
+            on_finished=writer.finish,
         )
         lineage.notes = outcome.notes
         lineage.warnings = [
@@ -74,6 +107,63 @@ def execute(
     for warning in lineage.warnings:
         progress.message(f"note: {plan.step.name}: {warning}")
     return lineage
+
+
+def depends_on(plan: MergePlan, settings: Settings) -> dict[str, Any]:
+    """Everything that the weights and the facts told of them depend on, JSON-able.
+
+    The content key covers contents and options. Added to it is what may differ between two runs of one key (names of
+    models in messages, switches, versions), and where the files are, so that a file that was exchanged for another of
+    equal size and time is noticed.
+    """
+    names = [[m.name, m.checkpoint.ref] for m in plan.parents]
+    switches = {name: value for name, value in asdict(settings).items() if name not in _INDIFFERENT}
+    files = [state for m in {id(m): m for m in (*plan.parents, plan.template)}.values() for state in _states(m)]
+    return {
+        "key": plan.key,
+        "names": names,
+        "switches": switches,
+        "software": [Software().model_dump(mode="json"), *map(metadata.version, _KERNELS), _code()],
+        "files": hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest(),
+    }
+
+
+def _code() -> str:
+    """What names the state of this package's own files, which change without a version while somebody works on them."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    states = [[str(file), status.st_size, status.st_mtime_ns] for file in files for status in [file.stat()]]
+    return hashlib.blake2b(json.dumps(states).encode(), digest_size=16).hexdigest()
+
+
+def _states(member: Member) -> list[list[Any]]:
+    """[path, size, time, device, inode] of the files that a model was opened from; those of adapters are in its digest.
+
+    Raises:
+        UserError: RG101 if one has gone.
+    """
+    states = []
+    for stamp in member.checkpoint.stamps:
+        if not stamp.startswith("+"):
+            path = member.checkpoint.path / stamp.rsplit(" ", 2)[0]
+            try:
+                status = path.stat()
+            except OSError as error:
+                what, fix = f"the file cannot be read: {error.strerror}", "run again with it in place"
+                raise UserError("RG101", what, where=str(path), fix=fix) from error
+            states.append([str(path), status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino])
+    return states
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Within it, files of models are copied: a sentence for one that has gone or cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL or error.filename is None:
+            raise
+        what, fix = f"the file cannot be read: {error.strerror}", "run again with it in place"
+        raise UserError("RG101", what, where=str(error.filename), fix=fix) from error
 
 
 def _begin(plan: MergePlan, recipe: Recipe) -> Lineage:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from regraft.checkpoint import open_checkpoint
+from regraft.checkpoint.output import reserved, unfinished_in
 from regraft.errors import UserError
-from regraft.merge.jobs import DEFAULT_CHUNK, Job, default_workers, fit_memory, predict_memory
+from regraft.merge.jobs import Job, default_chunk, default_workers, fit_memory, predict_memory, usable_device
 from regraft.methods import Options, method
 from regraft.recipe.document import EvaluateStep, MergeStep, Recipe
 from regraft.recipe.estimate import estimate_seconds, process_memory
@@ -167,7 +168,8 @@ class Members:
 
 def size_run(jobs: list[Job], settings: Settings) -> tuple[int, int, int]:
     """(workers, chunk, peak bytes of the process) within the limits that the user sets."""
-    workers, chunk = settings.workers or default_workers(), settings.chunk or DEFAULT_CHUNK
+    device = usable_device(settings.device)
+    workers, chunk = settings.workers or default_workers(), settings.chunk or default_chunk(device)
     own = process_memory()
     if settings.max_memory is not None:
         workers, chunk = fit_memory(jobs, max(0, settings.max_memory - own), workers=workers, chunk=chunk)
@@ -197,7 +199,11 @@ def _plan_evaluation(step: EvaluateStep, recipe: Recipe, members: Members) -> Ev
 
 def _check_disk(out: Path, need: int) -> None:
     parent = next((p for p in [out, *out.absolute().parents] if p.exists()), Path.cwd())
-    free = shutil.disk_usage(parent).free
+    # What runs that did not end hold is used, or given back, by the next one.
+    kept = [
+        folder for where in (out, out.with_name(out.name + ".steps")) for folder in unfinished_in(where / "artefacts")
+    ]
+    free = shutil.disk_usage(parent).free + sum(reserved(folder) for folder in [out, *kept])
     if need > free:
         what = f"the outputs need {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
         raise UserError("RG402", what, where=str(out), fix="free some space or name an output on another disk")

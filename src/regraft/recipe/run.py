@@ -19,9 +19,11 @@ from typing import Any
 
 from regraft.checkpoint import Checkpoint, open_checkpoint
 from regraft.checkpoint.lineage import FILE_NAME, Lineage
+from regraft.checkpoint.output import clear_leftovers, unfinished_in
 from regraft.errors import UserError
 from regraft.recipe.document import EvaluateStep, MergeStep, Recipe
 from regraft.recipe.execute import execute
+from regraft.recipe.file_states import data_files, pictures_beside
 from regraft.recipe.fit import Member
 from regraft.recipe.merge_plan import plan_merge
 from regraft.recipe.plan import Members, Plan, make_plan, size_run
@@ -71,6 +73,8 @@ def run(recipe: Recipe, out: Path, settings: Settings | None = None, progress: P
     store.write("scores.json", [asdict(e) for e in result.evaluations])
     for merged in plan.merges:
         record_scores(merged, result.artefacts[merged.step.name], members, result.evaluations)
+    for unfinished in unfinished_in(out / "artefacts"):
+        clear_leftovers(unfinished)  # of an earlier form of the recipe
     return result
 
 
@@ -96,6 +100,7 @@ def merge(recipe: Recipe, out: Path, settings: Settings | None = None, progress:
             continue
         chosen = plan_merge(step, members.of(step), settings)
         if _key_at(out) == chosen.key:
+            clear_leftovers(out)
             progress.message(f"{out} is up to date")
             return out
         if not settings.force and out.exists() and any(out.iterdir()):
@@ -175,6 +180,7 @@ def _artefact(
     plan = plan_merge(step, members.of(step), settings)
     folder = store.folder(step.name, plan.key)
     if _key_at(folder) == plan.key:
+        clear_leftovers(folder)
         progress.message(f"{step.name}: done before")
         return folder
     workers, chunk, _ = size_run(plan.jobs, settings)
@@ -209,12 +215,9 @@ def _folder_of(checkpoint: Checkpoint, name: str) -> Path:
     return checkpoint.path
 
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
 def _data_key(path: Path) -> list[Any]:
     """What names the data: its bytes, and size and time of the images that a file's rows may name."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = data_files(path)
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
@@ -222,7 +225,7 @@ def _data_key(path: Path) -> list[Any]:
             while block := stream.read(1 << 20):
                 digest.update(block)
     if path.is_file():
-        for picture in sorted(p for p in path.parent.rglob("*") if p.suffix.lower() in _PICTURES and p.is_file()):
+        for picture in pictures_beside(path):
             status = picture.stat()
             digest.update(f"{picture.relative_to(path.parent)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return [len(files), digest.hexdigest()]

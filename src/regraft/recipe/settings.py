@@ -1,4 +1,4 @@
-"""How to run, as opposed to what to compute: switches of the command line that never change a weight."""
+"""How to run, as opposed to what to compute: switches of the command line that do not change what is merged."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class Settings:
         accept_licenses: go on although the licences of the inputs do not agree.
         workers: threads; all cores if None.
         chunk: elements per chunk; the engine's default if None.
+        device: where chunks are computed: "cpu", "cuda", "cuda:1", ... Elsewhere than on the CPU the last bits of
+            statistics, and so of weights, may differ.
         max_memory: bytes of private memory for the whole process; no limit if None.
         shard_bytes: size of an output shard.
         seed: replaces the recipe's seed.
@@ -27,6 +29,7 @@ class Settings:
     accept_licenses: bool = False
     workers: int | None = None
     chunk: int | None = None
+    device: str = "cpu"
     max_memory: int | None = None
     shard_bytes: int = 5 * 10**9
     seed: int | None = None
