@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import models
-from regraft.checkpoint.card import _auto_class, _Paths, write_card
+from regraft.checkpoint.card import _AUTO, _auto_class, _Paths, write_card
 from regraft.checkpoint.lineage import InputRecord, Lineage, Output, Score
 from regraft.checkpoint.model import Checkpoint, open_checkpoint
 from regraft.errors import UserError
@@ -199,11 +199,21 @@ def test_an_unknown_method(tmp_path: Path, parents: list[Checkpoint]) -> None:
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_the_class_that_the_card_names_loads_the_model(tmp_path: Path, family: str) -> None:
     folder = models.save_model(tmp_path / family, family)
-    name = _auto_class(open_checkpoint(str(folder)).architectures[0])
+    opened = open_checkpoint(str(folder))
+    name = _auto_class(opened.architectures[0], opened.model_type)
     loaded = getattr(hf, name).from_pretrained(folder)
     assert type(loaded) is models.CLASSES[family]
 
 
 def test_the_class_of_an_unknown_architecture() -> None:
-    assert _auto_class("") == "AutoModel"
-    assert _auto_class("AcmeForWonders") == "AutoModel"
+    assert _auto_class("", "") == "AutoModel"
+    assert _auto_class("AcmeForWonders", "acme") == "AutoModel"
+    assert _auto_class("GPT2LMHeadModel", "../gpt2") == "AutoModel"
+    assert _auto_class("GPT2LMHeadModel(", "gpt2") == "AutoModel"
+
+
+def test_the_auto_classes_that_cards_name_are_those_of_transformers() -> None:
+    ours = {f"AutoModelFor{name}" for name in _AUTO}
+    theirs = {name for name in dir(hf) if name.startswith("AutoModelFor")}
+    assert ours <= theirs
+    assert len(theirs - ours) < 10  # a later transformers may have more

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import regex  # type: ignore[import-untyped]  # re has no time limit; a dependency of transformers
+
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.paths import inside, shown
 from regraft.checkpoint.weights import ADAPTER_CONFIG
@@ -29,6 +31,7 @@ _NO_DELTA = {
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
 }
+_SECONDS = 1.0  # for one pattern and one module, where microseconds are usual
 # Their start subtracts the first low-rank step from the base, which the adapter alone does not tell.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -140,10 +143,13 @@ class AdapterConfig:
             raise self.refused(f"{patterns} is {shown(given)} and no mapping", "repair the file")
         for pattern, value in given.items():
             try:
-                if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                # As peft does it, with an end: there are patterns that take years.
+                if regex.fullmatch(rf"(.*\.)?({pattern})", module, timeout=_SECONDS):
                     return value
-            except re.error as error:
+            except (regex.error, RecursionError) as error:
                 raise self.refused(f"{shown(pattern)} in {patterns} is no pattern: {error}", "repair it") from None
+            except TimeoutError:
+                raise self.refused(f"{shown(pattern)} in {patterns} takes too long to match", "repair it") from None
         return self.values.get(key, default)
 
 

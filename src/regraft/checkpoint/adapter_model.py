@@ -13,6 +13,7 @@ import torch
 from regraft.checkpoint.adapter_config import MERGE_FIRST, AdapterConfig
 from regraft.checkpoint.lora import Renamed
 from regraft.checkpoint.model import Checkpoint
+from regraft.checkpoint.model_class import REFUSALS, bounded, model_class
 from regraft.checkpoint.paths import inside
 from regraft.checkpoint.sidecars import TOKENIZER_FILES
 from regraft.checkpoint.tensor import TensorSource, numel
@@ -25,6 +26,7 @@ _TASK_CLASSES = {
 }
 _LABELLED = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
 _PIECE = 1 << 22
+_FEW = 1000  # layers that are built without weights in a few seconds
 
 
 class Ties:
@@ -99,11 +101,8 @@ class Ties:
     def _of_class(self) -> dict[str, str]:
         if self._class is None:
             kinds = self._base.architectures
-            if kinds:
-                import transformers
-
-                ties = getattr(getattr(transformers, kinds[0], None), "_tied_weights_keys", None)
-            self._class = dict(ties) if kinds and isinstance(ties, dict) else {}
+            ties = getattr(model_class(kinds[0]), "_tied_weights_keys", None) if kinds else None
+            self._class = dict(ties) if isinstance(ties, dict) else {}
         return self._class
 
     def _may_be_shared(self, name: str) -> bool:
@@ -133,14 +132,14 @@ def module_names(base: Checkpoint) -> dict[str, str]:
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # before 5.0, or moved since
         return {}
-    kind = getattr(transformers, "".join(base.architectures[:1]), None)
-    if kind is None:
+    kind = model_class("".join(base.architectures[:1]))
+    if kind is None or not bounded(base.config, max(_FEW, len(base.tensors))):
         return {}
     try:
         config = transformers.AutoConfig.for_model(**base.config)
         with torch.device("meta"):
             model = kind(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):  # a config that its own class refuses
+    except REFUSALS:  # a config that its own class refuses
         return {}
     state = model.state_dict()
     steps = get_model_conversion_mapping(model)
@@ -218,11 +217,9 @@ def adapted_config(
 
 def _adapted_class(base: Checkpoint, adapter: AdapterConfig) -> str:
     """Class of the model with its new head, "" if it cannot be told."""
-    import transformers
-
     stem = re.sub(r"(LMHead|For[A-Z]\w*)?(Model)?$", "", "".join(base.architectures[:1]))
     for name in (adapter.trained_class, stem + _TASK_CLASSES.get(adapter.task, "?")):
-        if name and hasattr(transformers, name):
+        if name and model_class(name) is not None:
             return name
     return ""
 

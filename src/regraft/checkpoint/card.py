@@ -7,6 +7,7 @@ the machine gets into a card, because cards are published: local parents appear 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def write_card(
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=False)
     path = staging / FILE_NAME
     body = hide("\n\n".join(section for section in sections if section))
-    path.write_text(f"---\n{head}---\n\n{body}\n", encoding="utf-8")
+    path.write_text(f"---\n{head}---\n\n{body}\n", encoding="utf-8", errors="replace")
     return path
 
 
@@ -144,18 +145,40 @@ def _usage(parent: Checkpoint, library: str) -> str:
             "from sentence_transformers import SentenceTransformer\n\n"
             'model = SentenceTransformer("path/to/this/folder")'
         )
-    name = _auto_class(next(iter(parent.architectures), ""))
+    name = _auto_class(next(iter(parent.architectures), ""), parent.model_type or "")
     return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("path/to/this/folder", dtype="auto")'
 
 
-def _auto_class(architecture: str) -> str:
-    """The Auto class that gives this architecture, the class itself if there is no such, AutoModel for others."""
-    import transformers  # late: nothing else of this module needs it
+# Of transformers 5, to which importing it for one name would add a second to every merge.
+_AUTO = frozenset(
+    """AudioClassification AudioFrameClassification AudioTokenization AudioXVector CTC CausalLM Decision
+    DepthEstimation DocumentQuestionAnswering ImageClassification ImageMatting ImageSegmentation ImageTextToText
+    ImageToImage InstanceSegmentation KeypointDetection KeypointMatching MaskGeneration MaskedImageModeling
+    MaskedLM MultimodalLM MultipleChoice NextSentencePrediction NormalEstimation ObjectDetection
+    PointmapEstimation PoseEstimation PreTraining QuestionAnswering RNNT SemanticSegmentation Seq2SeqLM
+    SequenceClassification SpeechSeq2Seq TDT TableQuestionAnswering TableRecognition TextEncoding
+    TextRecognition TextToSpectrogram TextToWaveform TimeSeriesPrediction TokenClassification
+    UniversalSegmentation VideoClassification VisualQuestionAnswering ZeroShotImageClassification
+    ZeroShotObjectDetection""".split()
+)
 
-    names = set(dir(transformers))
-    head = re.search(r"For[A-Z]\w*$", architecture)
-    candidates = [f"AutoModel{head[0]}"] if head else []
-    return next((name for name in [*candidates, architecture] if name in names), "AutoModel")
+
+def _auto_class(architecture: str, model_type: str) -> str:
+    """The Auto class that gives this architecture, the class itself if there is no such, AutoModel for others."""
+    head = re.search(r"For([A-Z]\w*)$", architecture)
+    if head and head[1] in _AUTO:
+        return f"AutoModelFor{head[1]}"
+    return architecture if _defined(architecture, model_type) else "AutoModel"
+
+
+def _defined(architecture: str, model_type: str) -> bool:
+    """Whether transformers has a class of this name for this type of model."""
+    package = importlib.util.find_spec("transformers")  # looks for it without importing it
+    folder = re.sub(r"\W", "_", model_type)
+    if package is None or package.origin is None or not architecture.isidentifier() or not folder:
+        return False
+    modules = (Path(package.origin).parent / "models" / folder).glob("modeling_*.py")
+    return any(re.search(rf"^class {architecture}\(", m.read_text(encoding="utf-8"), re.MULTILINE) for m in modules)
 
 
 def _diagnostics(lineage: Lineage) -> str:

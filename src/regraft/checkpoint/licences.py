@@ -66,6 +66,8 @@ _KINDS: dict[str, frozenset[str]] = {
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _CARD_BYTES = 1 << 20
+# Texts only: the language "no" must not become False. The same in C, where PyYAML has it, for the cards of benchmarks.
+_LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ def front_matter(parent: Checkpoint) -> tuple[Mapping[str, Any], str]:
     if not found:
         return {}, "its card has no front matter"
     try:
-        data = yaml.load(found[1], Loader=yaml.BaseLoader)  # texts only: the language "no" must not become False
-    except (yaml.YAMLError, RecursionError):
+        data = yaml.load(found[1], Loader=_LOADER)
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError):  # the last two: numbers of no character
         return {}, "the front matter of its card is not valid YAML"
     if not isinstance(data, dict):
         return {}, "the front matter of its card is no mapping"
@@ -142,9 +144,13 @@ def front_matter(parent: Checkpoint) -> tuple[Mapping[str, Any], str]:
 
 
 def strings(value: Any) -> list[str]:
-    """A text or a list of texts of a card's front matter as a list; anything nested is left out."""
+    """A text or a list of texts of a card's front matter as a list; anything nested is left out.
+
+    Halves of characters, which YAML can write as escapes and no file can hold, become question marks.
+    """
     values = value if isinstance(value, list) else [value]
-    return [v.strip() for v in values if isinstance(v, str) and v.strip()]
+    texts = (v.encode(errors="replace").decode().strip() for v in values if isinstance(v, str))
+    return [text for text in texts if text]
 
 
 def read_licence(parent: Checkpoint) -> Statement:

@@ -168,6 +168,17 @@ def open_checkpoint(ref: str, *, relative_to: Path | None = None, offline: bool 
     return checkpoint
 
 
+def open_shell(ref: str, folder: Path, remark: str = "") -> Checkpoint:
+    """A folder without its weights, for telling what else is in it.
+
+    Raises:
+        UserError: RG104 or RG105 for its other files.
+    """
+    files, remarks = _other_files(folder)
+    told = (remark, *remarks) if remark else tuple(remarks)
+    return Checkpoint(ref, folder, {}, {}, _config(folder), files, remarks=told)
+
+
 def open_local(path: Path) -> Checkpoint:
     """Open a folder or a single file that exists; `ref` is the path.
 
@@ -249,12 +260,20 @@ def _other_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     for name in names:
         if name.startswith(".") or name == "config.json" or is_weight_file(name) or (folder / name).is_dir():
             continue
+        if not _is_text(name):
+            remarks.append(f"{shown(name)} has a name that is no text in UTF-8, and was left out")
+            continue
         path = inside(folder, name, where=folder)
         if path.is_file():
             files[name] = path
         else:
             remarks.append(f"{name} is a link to nothing or no regular file, and was left out")
     return files, remarks
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written into a card or a JSON file."""
+    return name.encode(errors="ignore").decode() == name
 
 
 def _code(config: Mapping[str, Any], files: Mapping[str, Path]) -> list[str]:

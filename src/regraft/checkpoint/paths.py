@@ -22,6 +22,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _XET_HASH = re.compile(r"[0-9a-f]{64}")
 _LFS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
+_LONGEST_NAME, _LONGEST_PART = 1024, 255  # bytes; asking for longer ones is an error of the system
 _LFS_STUB_BYTES = 1024  # git-lfs takes larger files for content
 
 
@@ -86,8 +87,16 @@ def looks_like_path(model: str) -> bool:
 
 def located(model: str, relative_to: Path | None = None) -> Path:
     """The path that a reference means, should it be one: `~` expanded, relative ones below `relative_to`."""
-    path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path.expanduser raises where the home folder is unknown
+    path = Path(expanded(model))
     return path if relative_to is None else relative_to / path
+
+
+def expanded(text: str) -> str:
+    """`~` and `~user` replaced by home folders, where there are such; other texts as they are."""
+    try:
+        return os.path.expanduser(text)  # noqa: PTH111 - Path.expanduser raises where the home folder is unknown
+    except ValueError:  # a NUL, or half of a character, in the name of the user
+        return text
 
 
 def exists(model: str, relative_to: Path | None = None) -> bool:
@@ -104,7 +113,7 @@ def not_found(model: str, path: Path) -> UserError:
     hint = near(path)
     if not hint:
         parent = path.parent
-        while parent != parent.parent and not parent.is_dir():
+        while parent != parent.parent and not exists(str(parent)):
             parent = parent.parent
         hint = "check the path" if parent == path.parent else f"the last folder of it that exists is {str(parent)!r}"
     return UserError("RG101", f"no such file or folder: {model!r}", where=str(path.absolute()), fix=hint)
@@ -114,7 +123,7 @@ def near(path: Path) -> str:
     """`did you mean 'x'?` with names in the parent folder that resemble this one; empty if there are none."""
     try:
         names = sorted(entry.name for entry in os.scandir(path.parent))
-    except OSError:
+    except (OSError, ValueError):  # or the parent is a text that no path can be
         return ""
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
     return "did you mean " + " or ".join(repr(str(path.parent / name)) for name in close) + "?" if close else ""
@@ -133,7 +142,7 @@ def inside(folder: Path, name: str, *, where: Path | str) -> Path:
     """
     pure = PurePosixPath(name)
     windows = PureWindowsPath(name)
-    bad = not name or "\0" in name or "\\" in name
+    bad = not possible_name(name) or "\\" in name
     if bad or pure.is_absolute() or windows.drive or ".." in pure.parts or pure == PurePosixPath("."):
         what = f"{shown(name)} is no plain file name below the model's folder"
         raise UserError("RG104", what, where=str(where), fix="do not use this model, or repair its index")
@@ -146,6 +155,16 @@ def inside(folder: Path, name: str, *, where: Path | str) -> Path:
         what = f"{name!r} is a link to {str(target)!r}, outside the model's folder"
         raise UserError("RG104", what, where=str(where), fix="replace the link by a copy of the file")
     return path
+
+
+def possible_name(name: str) -> bool:
+    """Whether a file system can have a file of this name, with folders before it."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    parts = encoded.split(b"/")
+    return 0 < len(encoded) <= _LONGEST_NAME and b"\0" not in encoded and max(map(len, parts)) <= _LONGEST_PART
 
 
 def _in_own_blobs(folder: Path, target: Path) -> bool:
@@ -197,5 +216,8 @@ def head(path: Path, size: int = 64) -> bytes:
 
 def shown(text: object, limit: int = 100) -> str:
     """`repr` of something foreign, cut to a length that fits into a sentence."""
-    written = repr(text[: limit + 1] if isinstance(text, (str, bytes)) else text)
+    try:
+        written = repr(text[: limit + 1] if isinstance(text, (str, bytes)) else text)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+        written = f"a very long {type(text).__name__}"
     return written if len(written) <= limit else written[: limit - 3] + "..."

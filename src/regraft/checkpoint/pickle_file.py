@@ -1,7 +1,7 @@
 """Reading pickled weights (`pytorch_model.bin`, `.pt`, `.pth`) without running anything that the file says.
 
 `torch.load(weights_only=True)` builds tensors and plain containers and refuses every other global; what it refuses is
-refused here. Zip files are mapped, so a slice costs a slice; files in the format from before PyTorch 1.6 are read as a
+refused here, and what would cost it any amount of memory or time is refused before (see `pickle_check`). Zip files are mapped, so a slice costs a slice; files in the format from before PyTorch 1.6 are read as a
 whole. The trade-off of a map: a file that is cut short while a slice is being copied would kill the process, so its
 state is compared before each slice, which leaves only the moment of the copy. Safetensors files do not have this gap.
 """
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from regraft.checkpoint.paths import head, shown
+from regraft.checkpoint.pickle_check import NotAllowed, check_pickles
+from regraft.checkpoint.safetensors_file import MAX_NAME
 from regraft.checkpoint.tensor import DTYPE_NAMES, TensorSource
 from regraft.errors import UserError
 
@@ -88,8 +90,9 @@ def read_pickle(path: Path) -> dict[str, TensorSource]:
     state = _state(path) if zipped else None
     sources: dict[str, TensorSource] = {}
     known: dict[tuple[Any, ...], TensorSource] = {}
+    size = path.stat().st_size
     for name, tensor in _state_dict(_load(path, zipped), path).items():
-        _check(name, tensor, path)
+        _check(name, tensor, path, size)
         tensor = tensor.detach()
         place = (
             tensor.untyped_storage().data_ptr(),
@@ -105,18 +108,17 @@ def read_pickle(path: Path) -> dict[str, TensorSource]:
 
 def _load(path: Path, zipped: bool) -> Any:
     try:
-        if zipped and not _all_stored(path):
-            raise ValueError("its archive is compressed, which torch.save never does")
+        check_pickles(path, zipped)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they say is in the messages below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except NotAllowed as refusal:
+        raise _unsafe(path, str(refusal)) from None
     except (pickle.UnpicklingError, *_BROKEN) as error:
         text = str(error)
         refused = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", text)
         if refused or (isinstance(error, pickle.UnpicklingError) and "nsupported" in text):
-            what = f"{path.name} needs {_needs(text, refused)} to load, and code from a model is never run"
-            fix = "use a safetensors version of the model, or save its state dict alone with torch.save"
-            raise UserError("RG107", what, where=str(path), fix=fix) from None
+            raise _unsafe(path, _needs(text, refused)) from None
         reason = shown((text.strip() or type(error).__name__).splitlines()[0], 160)
         what = f"{path.name} is damaged or was not written by torch.save ({reason})"
         raise UserError("RG111", what, where=str(path), fix="copy or download it again") from None
@@ -126,13 +128,13 @@ def _needs(text: str, refused: re.Match[str] | None) -> str:
     if refused is None:
         line = next(line for line in text.splitlines() if "nsupported" in line)
         return f"more than tensors ({shown(line.strip())})"
-    return shown(refused[1], 160)[1:-1] if refused[1] else "TorchScript"
+    return refused[1] or "TorchScript"
 
 
-def _all_stored(path: Path) -> bool:
-    """Whether every record lies in the archive as it is: a map of a compressed one would show other bytes."""
-    with zipfile.ZipFile(path) as archive:
-        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+def _unsafe(path: Path, needed: str) -> UserError:
+    what = f"{path.name} needs {shown(needed, 160)[1:-1]} to load, and code from a model is never run"
+    fix = "use a safetensors version of the model, or save its state dict alone with torch.save"
+    return UserError("RG107", what, where=str(path), fix=fix)
 
 
 def _state_dict(loaded: Any, path: Path) -> Mapping[str, torch.Tensor]:
@@ -159,7 +161,10 @@ def _is_weight(key: object, value: object) -> bool:
     return isinstance(key, str) and key.encode(errors="ignore").decode() == key and isinstance(value, torch.Tensor)
 
 
-def _check(name: str, tensor: torch.Tensor, path: Path) -> None:
+def _check(name: str, tensor: torch.Tensor, path: Path, size: int) -> None:
+    if len(name) > MAX_NAME or name == "__metadata__":
+        what = f"tensor {shown(name, 40)} has a name that cannot be stored"
+        raise UserError("RG111", what, where=str(path), fix="rename it and save the state dict again")
     kind = ""
     if tensor.is_quantized or tensor.dtype not in DTYPE_NAMES:
         kind = f"the dtype {tensor.dtype}"
@@ -170,6 +175,9 @@ def _check(name: str, tensor: torch.Tensor, path: Path) -> None:
     if kind:
         fix = "use a version of the model with dense float weights"
         raise UserError("RG109", f"tensor {shown(name)} has {kind}", where=str(path), fix=fix)
+    if tensor.numel() * tensor.dtype.itemsize > size:  # strides of 0 repeat a few values any number of times
+        what = f"tensor {shown(name)} of shape {tuple(tensor.shape)} is larger than the file"
+        raise UserError("RG111", what, where=str(path), fix="copy or download it again")
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from regraft.checkpoint.descriptors import DataFile
+from regraft.checkpoint.json_file import parse_json
 from regraft.checkpoint.paths import head, shown
 from regraft.checkpoint.tensor import DTYPES, TensorSource
 from regraft.errors import UserError
 
 MAX_HEADER = 100_000_000  # the format's own limit
+MAX_NAME = 1000  # characters; paths of parameters have some dozens, and are taken apart by patterns later
 _MAX_BYTES = 2**63 - 1
 # Known to the format, but values of less than a byte, bare scales, or encodings that cannot be merged.
 _UNSUPPORTED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
@@ -105,17 +107,21 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         raise _damaged(path, f"its header has the number {word}")
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        header = parse_json(text, object_pairs_hook=unique, parse_constant=constant)
         for name in header:
             name.encode()
+            if len(name) > MAX_NAME:
+                raise _damaged(path, f"the name {shown(name, 40)} has {len(name)} characters")
     except UnicodeDecodeError as error:
         raise _damaged(path, f"its header is not UTF-8 at byte {error.start}") from None
     except UnicodeEncodeError:
         raise _damaged(path, f"the name {shown(name)} is no valid text") from None
     except json.JSONDecodeError as error:
         raise _damaged(path, f"its header is no JSON: {error.msg} at character {error.pos}") from None
-    except (RecursionError, ValueError):
-        raise _damaged(path, "its header is nested too deeply or has a number that is too long") from None
+    except RecursionError:
+        raise _damaged(path, "its header is nested too deeply") from None
+    except ValueError as error:
+        raise _damaged(path, f"its header cannot be used: {error}") from None
     return header  # type: ignore[no-any-return]
 
 

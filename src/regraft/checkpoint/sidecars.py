@@ -8,6 +8,7 @@ in the new model: config.json, a replaced chat template, paths of the machine th
 
 from __future__ import annotations
 
+import filecmp
 import json
 import re
 import shutil
@@ -160,19 +161,18 @@ def copy_licences(staging: Path, parents: Sequence[Checkpoint]) -> list[str]:
     Raises:
         UserError: RG104 for a link out of the model's folder, RG106 for a stub of git-LFS.
     """
-    texts: dict[str, bytes] = {}
+    files: dict[str, Path] = {}
     for parent in parents:
         for name, source in _matching(parent, LICENCE_FILES, upper=True).items():
-            text = source.read_bytes()
-            if text in texts.values():
+            if any(filecmp.cmp(source, other, shallow=False) for other in files.values()):
                 continue
             target = name if parent is parents[0] else f"{name}.{_file_name(short_name(parent))}"
-            while target in texts:
+            while target in files:
                 target += "_"
-            texts[target] = text
-    for target, text in texts.items():
-        (staging / target).write_bytes(text)
-    return sorted(texts)
+            files[target] = source
+    for target, source in files.items():
+        shutil.copyfile(source, staging / target)
+    return sorted(files)
 
 
 def _tokenizer_files(parent: Checkpoint, *, own_template: bool) -> Iterator[tuple[str, Path]]:
@@ -252,7 +252,10 @@ def _copy_tokenizer_config(source: Path, target: Path, *, own_template: bool) ->
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    if text.encode(errors="ignore").decode() != text:  # JSON can hold halves of characters, as escapes only
+        text = json.dumps(data, indent=2, sort_keys=True) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def _file_name(text: str) -> str:

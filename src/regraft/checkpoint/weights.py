@@ -141,19 +141,22 @@ def _sharded(folder: Path, index: Path) -> Weights:
     tensors: dict[str, TensorSource] = {}
     aliases: dict[str, str] = {}
     unlisted: list[str] = []
+    listed_in: dict[str, list[str]] = {}
+    for tensor, file in weight_map.items():
+        listed_in.setdefault(file, []).append(tensor)
     for name, path in paths.items():
         if path.suffix != suffix:
             fix = "repair the index"
             raise UserError("RG105", f"the index names {shown(name)}, no {suffix} file", where=str(index), fix=fix)
         shard = file_weights(path)
         here = {*shard.tensors, *shard.aliases}
-        lost = [tensor for tensor, file in weight_map.items() if file == name and tensor not in here]
+        lost = [tensor for tensor in listed_in[name] if tensor not in here]
         if lost:
-            what = f"the index says that {name} holds {listed(lost)}, which it does not"
+            what = f"the index says that {shown(name)} holds {listed(lost)}, which it does not"
             raise UserError("RG103", what, where=str(index), fix="download the index and the shards again")
         twice = here & {*tensors, *aliases}
         if twice:
-            what = f"{listed(sorted(twice))} is in {name} and in another shard"
+            what = f"{listed(sorted(twice))} is in {shown(name)} and in another shard"
             raise UserError("RG103", what, where=str(index), fix="download the index and the shards again")
         unlisted += [tensor for tensor in sorted(here) if tensor not in weight_map]
         tensors |= shard.tensors
@@ -165,7 +168,7 @@ def _sharded(folder: Path, index: Path) -> Weights:
 def _nothing(folder: Path) -> UserError:
     """The error for a folder without weights under a usual name, which says what is there instead."""
     if (folder / ADAPTER_CONFIG).is_file():
-        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = read_json(inside(folder, ADAPTER_CONFIG, where=folder)).get("base_model_name_or_path")
         named = base if isinstance(base, str) and base else "BASE"
         fix = f"apply it to its base by writing {named}+{folder}"
         return UserError("RG108", "this folder is an adapter, not a model", where=str(folder), fix=fix)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from regraft.cli.lean import without_blas
 from regraft.recipe.settings import Settings
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -136,6 +137,7 @@ def settings(
 
 def on_this_machine(settings: Settings) -> Settings:
     """The same with the device that `auto` means here, which imports torch; a device by name is left to the plan."""
+    without_blas()
     if settings.device != "auto":
         return settings
     import torch

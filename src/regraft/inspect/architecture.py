@@ -112,7 +112,7 @@ def architecture(checkpoint: Checkpoint, own: Layout) -> Architecture:
         model_type=checkpoint.model_type or None,
         known=own.known,
         stacks=tuple(_stack(config, own, name) for name in own.stacks or (own.table.stacks if own.table else ())),
-        vocabulary=tokens.shape[0] if tokens is not None else None,
+        vocabulary=tokens.shape[0] if tokens is not None and tokens.shape else None,
         configured_vocabulary=_int(config, "vocab_size") or _int(text, "vocab_size"),
         context=_context(config, text, own),
         positions=_positions(config, text, own),

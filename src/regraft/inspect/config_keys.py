@@ -117,17 +117,18 @@ def _plain(value: Any) -> Any:
 def _normalised(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The configuration with defaults, in today's spelling, without keys that its class does not know; None where
     transformers does not know the class or refuses the values."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
+    from regraft.checkpoint.model_class import REFUSALS, bounded
+
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING or config.get("auto_map"):
+    if kind not in CONFIG_MAPPING or config.get("auto_map") or not bounded(config):
         return None
-    cls = CONFIG_MAPPING[kind]
     try:
+        cls = CONFIG_MAPPING[kind]
         full = cls.from_dict(copy.deepcopy(dict(config))).to_dict()
         known = {*cls().to_dict(), *_ROPE_KEYS}
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError):
+    except REFUSALS:
         return None
     # to_dict gives no classes; those of the file say whether there are labels.
     return {key: value for key, value in full.items() if key in known} | {"architectures": config.get("architectures")}

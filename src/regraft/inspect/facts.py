@@ -14,9 +14,10 @@ from typing import Any
 
 from regraft.axes import Layout, layout
 from regraft.checkpoint import Checkpoint, nbytes, open_checkpoint, read_json
+from regraft.checkpoint.model import open_shell
 from regraft.checkpoint.paths import located
 from regraft.checkpoint.tensor import DTYPE_NAMES, numel
-from regraft.checkpoint.weights import ADAPTER_CONFIG, is_weight_file
+from regraft.checkpoint.weights import ADAPTER_CONFIG
 from regraft.errors import UserError
 from regraft.inspect.architecture import Architecture, architecture, counts
 from regraft.inspect.card import CardFacts, Contradiction, card, contradictions
@@ -148,11 +149,8 @@ def look(ref: str, *, stats: bool = False, offline: bool = False, candidates: Se
         told = ("config.json", "README.md", ADAPTER_CONFIG)
         if error.code not in _STILL_A_MODEL or not folder.is_dir() or not any((folder / n).is_file() for n in told):
             raise
-        files = {p.name: p for p in sorted(folder.iterdir()) if p.is_file() and not is_weight_file(p.name)}
-        config = files.pop("config.json", None)
-        remarks = () if error.code == "RG108" else (f"the weights cannot be used: {error.what}",)
-        shell = Checkpoint(ref, folder, {}, {}, read_json(config) if config else {}, files, remarks=remarks)
-        return facts(shell, candidates=())
+        remark = "" if error.code == "RG108" else f"the weights cannot be used: {error.what}"
+        return facts(open_shell(ref, folder, remark), candidates=())
 
 
 def _size(checkpoint: Checkpoint, own: Layout) -> Size:
@@ -189,7 +187,7 @@ def _adapter(checkpoint: Checkpoint) -> Adapter | None:
         kind=str(given["peft_type"]) if given.get("peft_type") else None,
         rank=rank if isinstance(rank, int) else None,
         alpha=float(alpha) if isinstance(alpha, (int, float)) else None,
-        targets=tuple(sorted(map(str, targets))) if isinstance(targets, list) else ((targets,) if targets else ()),
+        targets=tuple(sorted(map(str, targets))) if isinstance(targets, list) else ((str(targets),) if targets else ()),
         base=base if isinstance(base, str) and base else None,
     )
 

@@ -84,7 +84,8 @@ def of_tensors(a: Model, b: Model) -> Iterator[Obstacle]:
         if found is not None and found.shape != source.shape:
             shapes.append((name, source.shape, found.shape))
     for name, mine, theirs in shapes:
-        if a.layout.place(name).role == "embedding" and mine[1:] == theirs[1:] and name == a.layout.tokens:
+        rows = len(mine) == len(theirs) > 0 and mine[1:] == theirs[1:]
+        if rows and a.layout.place(name).role == "embedding" and name == a.layout.tokens:
             reason = f"{a.name} has {mine[0]} tokens and {b.name} has {theirs[0]}"
             yield Obstacle("RG204", reason, "resize both to one vocabulary")
     for name, mine, theirs in shapes:

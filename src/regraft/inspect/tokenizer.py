@@ -66,7 +66,10 @@ def tokenizer(checkpoint: Checkpoint) -> TokenizerFacts | None:
         return TokenizerFacts(None, None, special, (), template, None, None, tuple(remarks))
     sha = hashlib.sha256()
     for name in present:
-        sha.update(name.encode() + b"\n" + files[name].read_bytes())
+        sha.update(name.encode() + b"\n")
+        with files[name].open("rb") as file:
+            while piece := file.read(1 << 20):
+                sha.update(piece)
     digest = sha.hexdigest()[:16]
     return TokenizerFacts(None, None, special, (), template, digest, digest, tuple(remarks))
 
@@ -74,11 +77,12 @@ def tokenizer(checkpoint: Checkpoint) -> TokenizerFacts | None:
 def _fast(
     content: Mapping[str, Any], model: Mapping[str, Any], special: Mapping[str, str], template: bool, remarks: list[str]
 ) -> TokenizerFacts:
-    entries = [e for e in content.get("added_tokens") or [] if isinstance(e, Mapping) and isinstance(e.get("id"), int)]
+    listed = content.get("added_tokens")
+    entries = [e for e in _list(listed) if isinstance(e, Mapping) and isinstance(e.get("id"), int)]
     entries.sort(key=lambda e: int(e["id"]))
     own = dict(model)
     if isinstance(own.get("merges"), list):
-        own["merges"] = [m if isinstance(m, str) else " ".join(map(str, m)) for m in own["merges"]]
+        own["merges"] = [" ".join(map(str, m)) if isinstance(m, list) else m for m in own["merges"]]
     vocabulary = own.get("vocab")
     ids: set[int] = set()
     if isinstance(vocabulary, Mapping):
@@ -97,6 +101,10 @@ def _fast(
         vocabulary_hash=_digest([vocabulary, own.get("merges")]),
         remarks=tuple(remarks),
     )
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _special(*sources: Mapping[str, Any]) -> dict[str, str]:

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 
+MAX_MODELS = 1000  # in one merge
+MAX_STEPS = 2000  # in one recipe, with the members of sweeps
+
+
 @dataclass(frozen=True, eq=False)
 class Condition:
     """A value for the tensors whose name contains `filter` (None or "*": all); a list is a gradient over depth."""

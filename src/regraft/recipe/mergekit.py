@@ -15,7 +15,7 @@ from pathlib import Path
 from regraft.errors import UserError
 from regraft.merge.rule import Rule
 from regraft.methods import methods
-from regraft.recipe.document import Input, MergeStep, Recipe, Setting, Slice
+from regraft.recipe.document import MAX_MODELS, Input, MergeStep, Recipe, Setting, Slice
 from regraft.recipe.fields import Field
 from regraft.recipe.names import Names
 from regraft.recipe.option_values import OptionReader
@@ -121,9 +121,11 @@ class _Reader:
     def _inputs(self, entries: list[Field]) -> tuple[Input, ...]:
         items = [e.check_keys(("model", "parameters"), "an entry of models") for e in entries]
         names = [self._model(e, i) for e, i in zip(entries, items, strict=True)]
-        for i, name in enumerate(names):
-            if any(self.same(name, other) for other in names[:i]):
-                raise entries[i].error("RG305", f"{name} is listed twice among the models", "list it once")
+        if len(names) > MAX_MODELS:
+            what = f"{len(names):,} models are too many for one merge"
+            raise self.root.error("RG305", what, f"merge at most {MAX_MODELS:,}")
+        if (i := Names({}).repeated(names)) is not None:
+            raise entries[i].error("RG305", f"{names[i]} is listed twice among the models", "list it once")
         n = len(self._besides_base([Input(name) for name in names]))
         inputs = tuple(Input(name, self._parameters(i, n, name)) for name, i in zip(names, items, strict=True))
         listed = self.base is not None and any(self.same(name, self.base) for name in names)

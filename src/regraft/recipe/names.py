@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from regraft.checkpoint.paths import WEIGHT_SUFFIXES
+from regraft.checkpoint.paths import WEIGHT_SUFFIXES, expanded, shown
 from regraft.errors import nearest
 from regraft.recipe.fields import Field
 
 _NAME = re.compile(r"\w[\w.-]*")
+_LONGEST = 100  # bytes; steps are folders, with the values of a sweep and a key behind the name
 # What `regraft run` keeps beside the links that it names after steps.
 _TAKEN = ("artefacts", "scores.json", "report.html")
 
@@ -43,7 +44,7 @@ class Names:
         if members is not None and members != [text]:
             what = f"{text} is a sweep of {len(members)} models, and one is needed"
             raise item.error("RG307", what, f"name one of them: {_some(members)}")
-        if text in self.models or members is not None or any(text in m for m in self.done.values()):
+        if text in self.models or members is not None or text in self.done.get(text.partition("@")[0], ()):
             return text
         head, separator, adapter = text.partition("+")
         if separator and head in self.models:
@@ -63,6 +64,16 @@ class Names:
     def same(self, one: str, other: str) -> bool:
         """Whether two texts refer to one model, as far as texts tell."""
         return _normal(self.models.get(one, one)) == _normal(self.models.get(other, other))
+
+    def repeated(self, references: Sequence[str]) -> int | None:
+        """The place of the first reference that means the same as one before it, as far as texts tell."""
+        seen: set[str] = set()
+        for i, reference in enumerate(references):
+            normal = _normal(self.models.get(reference, reference))
+            if normal in seen:
+                return i
+            seen.add(normal)
+        return None
 
     def _unknown(self, item: Field, text: str) -> Exception:
         head = re.split(r"[@+]", text)[0]
@@ -87,13 +98,16 @@ def is_direct(text: str) -> bool:
 
 def check_name(item: Field, name: str, kind: str) -> None:
     """RG303 for a name that could be taken for a path, or that a run needs for itself."""
+    if len(name.encode()) > _LONGEST:
+        what = f"{shown(name, 40)} is too long to be the name of a {kind}"
+        raise item.error("RG303", what, f"use at most {_LONGEST} letters")
     if not _NAME.fullmatch(name) or (kind == "step" and name in _TAKEN):
         what = f"{name!r} cannot be the name of a {kind}"
         raise item.error("RG303", what, "use letters, digits, dots, - and _, beginning with a letter or digit")
 
 
 def _normal(reference: str) -> str:
-    return os.path.normpath(os.path.expanduser(reference)) if reference else reference  # noqa: PTH111
+    return os.path.normpath(expanded(reference)) if reference else reference
 
 
 def _some(names: list[str], limit: int = 6) -> str:

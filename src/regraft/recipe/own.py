@@ -16,7 +16,7 @@ from pathlib import Path
 from regraft.errors import nearest
 from regraft.merge.rule import Rule
 from regraft.methods import ROOMS, method
-from regraft.recipe.document import EvaluateStep, Input, MergeStep, Recipe, Setting, Slice
+from regraft.recipe.document import MAX_MODELS, MAX_STEPS, EvaluateStep, Input, MergeStep, Recipe, Setting, Slice
 from regraft.recipe.fields import Field
 from regraft.recipe.names import Names, check_name
 from regraft.recipe.option_values import OptionReader
@@ -66,6 +66,9 @@ def read_recipe(root: Field, *, path: Path | None, text: str) -> Recipe:
             members = _Merge(body, names, seed).steps()
             names.done[name] = [s.name for s in members]
             steps += members
+            if len(steps) > MAX_STEPS:
+                what = f"the recipe has more than {MAX_STEPS:,} steps, with the members of sweeps"
+                raise entry.error("RG303", what, "write several recipes")
         else:
             steps.append(_evaluate(body, names))
             names.scores.add(name)
@@ -123,6 +126,7 @@ class _Merge:
         config, tokenizer = (
             self.names.one(self.items[k]) if k in self.items else None for k in ("config_from", "tokenizer_from")
         )
+        exclude, template = self._exclude(), self._chat_template()
         return [
             MergeStep(
                 name=self.body.step + member.suffix,
@@ -133,10 +137,10 @@ class _Merge:
                 settings={**settings, **member.settings},
                 dtype=dtype,
                 out_dtype=out_dtype,
-                exclude=self._exclude(),
+                exclude=exclude,
                 config_from=config,
                 tokenizer_from=tokenizer,
-                chat_template=self._chat_template(),
+                chat_template=template,
                 seed=self.seed if member.seed is None else member.seed,
                 where=self.body.where,
                 sweep=member.values,
@@ -156,8 +160,11 @@ class _Merge:
         entries = given.items() if given.is_mapping else {}
         listed = list(entries.values()) or given.entries("a list of models, or a mapping with options for each")
         names = [self.names.one(self._named(e)) if given.is_mapping else self.names.one(e) for e in listed]
-        for i, name in enumerate(names):
-            self._check_single(listed[i], name, names[:i], base)
+        _check_number(given, len(listed))
+        if (i := self.names.repeated(names)) is not None:
+            raise listed[i].error("RG305", f"{names[i]} is listed twice among the models", "list it once")
+        for entry, name in zip(listed, names, strict=True):
+            self._check_single(entry, name, base)
         first = [base] if self.rule.base_first and base is not None else []
         n = len(first) + len(names)
         self.rule.check_count(n, where=given.where)
@@ -174,9 +181,7 @@ class _Merge:
             return {}
         return self.reader.settings(entry.items("the model's options, such as {weight: 0.5}"), n, of_model=True)
 
-    def _check_single(self, entry: Field, name: str, before: list[str], base: str | None) -> None:
-        if any(self.names.same(name, other) for other in before):
-            raise entry.error("RG305", f"{name} is listed twice among the models", "list it once")
+    def _check_single(self, entry: Field, name: str, base: str | None) -> None:
         uses_base = self.rule.needs_base or self.rule.takes_base or self.rule.base_first
         if base is not None and uses_base and self.names.same(name, base):
             what = f"the base is also listed among the models ({name})"
@@ -202,6 +207,7 @@ class _Merge:
                 base = own
             listed = items["models"].entries("a list of {model: ..., layers: [first, last]}")
             n = len(listed)
+            _check_number(items["models"], n)
             self.rule.check_count(n, where=items["models"].where)
             inputs = tuple(self._slice_input(e, n) for e in listed)
             _check_lengths(items["models"], inputs)
@@ -247,6 +253,11 @@ class _Merge:
         if "{" not in text:
             raise item.error("RG303", f"chat_template is {text!r}", "give the Jinja text itself")
         return item.node.text
+
+
+def _check_number(field: Field, n: int) -> None:
+    if n > MAX_MODELS:
+        raise field.error("RG305", f"{n:,} models are too many for one merge", f"merge at most {MAX_MODELS:,}")
 
 
 def _check_lengths(field: Field, inputs: tuple[Input, ...]) -> None:

@@ -18,6 +18,7 @@ from regraft.recipe.fields import Field
 from regraft.recipe.option_values import OptionReader
 
 MAX_MEMBERS = 1000
+_LONGEST = 60  # characters of a value in the name of a member
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,15 @@ def read_sweep(sweep: Field, reader: OptionReader, n: int, given_by_models: Coll
             what = f"every model sets its own {name}, so that sweeping it changes nothing"
             raise item.error("RG303", what, f"remove {name} from the models")
         column: list[tuple[str, str, Any]] = []
+        labels: set[str] = set()
         for entry in item.entries("a list of values"):
             label = _label(entry)
-            if any(label == other for _, other, _ in column):
+            if len(label) > _LONGEST:
+                what = f"{name} has a value that is too long for the name of a model"
+                raise entry.error("RG303", what, f"write it in {_LONGEST} characters, or make a step of its own")
+            if label in labels:
                 raise entry.error("RG303", f"{name} has the value {label} twice", "remove one")
+            labels.add(label)
             if name == "seed":
                 column.append((name, label, entry.integer(0, 2**63 - 1)))
             else:

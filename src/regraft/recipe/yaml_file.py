@@ -101,6 +101,9 @@ def parse_yaml(text: str, name: str = "recipe") -> Node:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = ", ".join(part for part in (error.problem, error.context) if part)
         raise UserError("RG306", what, where=f"{name}{place}", fix="correct the YAML") from None
+    except (ValueError, OverflowError):  # from PyYAML: an escape such as "\\UFFFFFFFF", a version of 5000 digits
+        what = "it has an escape or a directive with a number that is too large"
+        raise UserError("RG306", what, where=name, fix="correct the YAML") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - (text.rfind("\n", 0, error.position) + 1) + 1
@@ -165,8 +168,15 @@ class _Builder:
         return node
 
     def _scalar(self, event: yaml.ScalarEvent) -> Node:
-        plain = event.implicit[0]
-        return Node(scalar(event.value) if plain else event.value, _line(event), event.value)
+        text = self._text(event)
+        return Node(scalar(text) if event.implicit[0] else text, _line(event), text)
+
+    def _text(self, event: yaml.ScalarEvent) -> str:
+        """What a scalar says, with characters that are escaped in two halves (as JSON does) put together."""
+        try:
+            return str(event.value).encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise self._refused(event, "the text has half of a character in it") from None
 
     def _sequence(self, event: Any, depth: int) -> Node:
         entries = []
@@ -180,7 +190,7 @@ class _Builder:
         while not isinstance(inner := next(self._events), yaml.MappingEndEvent):
             if not isinstance(inner, yaml.ScalarEvent) or inner.tag is not None:
                 raise self._refused(inner, "a key has to be a plain text")
-            key, line = inner.value, _line(inner)
+            key, line = self._text(inner), _line(inner)
             value = self._node(next(self._events), depth + 1)
             if key == "<<" and inner.implicit[0]:
                 merged.update(self._merge_key(inner, value))
