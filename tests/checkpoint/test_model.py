@@ -363,11 +363,22 @@ def test_unreadable_configs(tmp_path: Path, config: str) -> None:
 
 def test_json_limits(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    for content in ("[" * 100_000, "9" * 10_000, '{"a":' * 100_000):
+    deep, long = "nested too deeply", "a number that is too long"
+    for content, message in (
+        ("[" * 100_000, deep),
+        ('{"a":' * 100_000, deep),
+        ("[" * 102 + "]" * 102, deep),
+        ('{"a":' * 110 + "1" + "}" * 110, deep),
+        ("9" * 10_000, long),
+        ('{"a": ' + "9" * 41 + "}", long),
+        ("[" + "[]," * 2_600_000 + "0]", "more than 5,000,000 values"),
+    ):
         path.write_text(content)
-        with pytest.raises(UserError, match="nested too deeply") as caught:
+        with pytest.raises(UserError, match=message) as caught:
             read_json(path)
         assert caught.value.code == "RG105"
+    path.write_text("[" * 100 + "]" * 100)
+    assert read_json(path, list)
     path.write_text("[1, 2]")
     assert read_json(path, list) == [1, 2]
     for call in (

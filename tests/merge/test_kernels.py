@@ -90,12 +90,27 @@ def test_sums_over_blocks_agree_with_torch(dtype: torch.dtype, monkeypatch: pyte
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_widening_is_exact(stored: torch.dtype, dtype: torch.dtype) -> None:
-    raw, base = rows(torch.float32, special=False)[0].to(stored), rows(dtype, special=False)[3]
-    out = torch.empty_like(base)
-    kernels.widen(raw, out)
-    assert torch.equal(out, raw.to(dtype))
-    kernels.widen_minus(raw, base, out)
-    assert torch.equal(out, raw.to(dtype) - base)
+    raw, base = rows(torch.float32, special=False).to(stored), rows(dtype, special=False)[3]
+    for case in (raw, list(raw), [raw[0], raw[1].double()]):
+        expected = torch.stack([row.to(dtype) for row in case])
+        assert torch.equal(kernels.widened(case, dtype), expected)
+        assert torch.equal(kernels.differences(case, base), expected - base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("values", DTYPES)
+def test_narrowing_rounds_as_torch_does_and_says_what_leaves_the_range(dtype: torch.dtype, values: torch.dtype) -> None:
+    x = rows(values)[0]
+    halves = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 65519.0, 65520.0, 3.3895e38, 3.3896e38, math.inf])
+    for case in (x, halves.to(values), x[100:], torch.tensor([1e-40, -0.0, 0.0], dtype=values)):
+        stored, within = kernels.narrow(case, dtype)
+        expected = case.to(dtype)
+        assert stored.dtype == dtype
+        assert torch.equal(stored.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+        assert torch.equal(stored.isnan(), expected.isnan())
+        assert torch.equal(torch.signbit(stored[~stored.isnan()]), torch.signbit(expected[~expected.isnan()]))
+        narrower = torch.finfo(dtype).max < torch.finfo(values).max
+        assert within == (not narrower or bool((case.abs().double() <= torch.finfo(dtype).max).all()))
 
 
 @given(

@@ -150,17 +150,19 @@ def _usage(parent: Checkpoint, library: str) -> str:
 
 
 # Of transformers 5, to which importing it for one name would add a second to every merge.
-_AUTO = frozenset(
-    """AudioClassification AudioFrameClassification AudioTokenization AudioXVector CTC CausalLM Decision
-    DepthEstimation DocumentQuestionAnswering ImageClassification ImageMatting ImageSegmentation ImageTextToText
-    ImageToImage InstanceSegmentation KeypointDetection KeypointMatching MaskGeneration MaskedImageModeling
-    MaskedLM MultimodalLM MultipleChoice NextSentencePrediction NormalEstimation ObjectDetection
-    PointmapEstimation PoseEstimation PreTraining QuestionAnswering RNNT SemanticSegmentation Seq2SeqLM
-    SequenceClassification SpeechSeq2Seq TDT TableQuestionAnswering TableRecognition TextEncoding
-    TextRecognition TextToSpectrogram TextToWaveform TimeSeriesPrediction TokenClassification
-    UniversalSegmentation VideoClassification VisualQuestionAnswering ZeroShotImageClassification
-    ZeroShotObjectDetection""".split()
-)
+# fmt: off
+_AUTO = frozenset((
+    "AudioClassification", "AudioFrameClassification", "AudioTokenization", "AudioXVector", "CTC", "CausalLM",
+    "Decision", "DepthEstimation", "DocumentQuestionAnswering", "ImageClassification", "ImageMatting",
+    "ImageSegmentation", "ImageTextToText", "ImageToImage", "InstanceSegmentation", "KeypointDetection",
+    "KeypointMatching", "MaskGeneration", "MaskedImageModeling", "MaskedLM", "MultimodalLM", "MultipleChoice",
+    "NextSentencePrediction", "NormalEstimation", "ObjectDetection", "PointmapEstimation", "PoseEstimation",
+    "PreTraining", "QuestionAnswering", "RNNT", "SemanticSegmentation", "Seq2SeqLM", "SequenceClassification",
+    "SpeechSeq2Seq", "TDT", "TableQuestionAnswering", "TableRecognition", "TextEncoding", "TextRecognition",
+    "TextToSpectrogram", "TextToWaveform", "TimeSeriesPrediction", "TokenClassification", "UniversalSegmentation",
+    "VideoClassification", "VisualQuestionAnswering", "ZeroShotImageClassification", "ZeroShotObjectDetection",
+))
+# fmt: on
 
 
 def _auto_class(architecture: str, model_type: str) -> str:

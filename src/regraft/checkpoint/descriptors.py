@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,9 +35,8 @@ class _Pool:
         self._users: dict[int, int] = {}
         self._dropped: deque[int] = deque()
 
-    @contextmanager
-    def using(self, key: int, path: Path) -> Iterator[int]:
-        """The descriptor of a file, opened if need be, which stays open within the context."""
+    def acquire(self, key: int, path: Path) -> int:
+        """The descriptor of a file, opened if need be, which stays open until it is released."""
         with self._lock:
             self._close_dropped()
             if key not in self._open:
@@ -47,14 +46,25 @@ class _Pool:
                 self._open[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._open.move_to_end(key)
             self._users[key] = self._users.get(key, 0) + 1
-            descriptor = self._open[key]
+            return self._open[key]
+
+    def release(self, key: int) -> None:
+        """Give back what `acquire` gave."""
+        with self._lock:
+            left = self._users.get(key, 0) - 1
+            if left > 0:
+                self._users[key] = left
+            else:
+                self._users.pop(key, None)
+
+    @contextmanager
+    def using(self, key: int, path: Path) -> Iterator[int]:
+        """The descriptor of a file, which stays open within the context."""
+        descriptor = self.acquire(key, path)
         try:
             yield descriptor
         finally:
-            with self._lock:
-                self._users[key] -= 1
-                if not self._users[key]:
-                    del self._users[key]
+            self.release(key)
 
     def drop(self, key: int) -> None:
         """Close a file that nobody can use any more, at once or at the next use of the pool.
@@ -106,38 +116,45 @@ class DataFile:
         """Bytes in the file when it was opened."""
         return self._state[2]
 
-    def read(self, offset: int, nbytes: int, what: str) -> torch.Tensor:
+    def read(self, offset: int, nbytes: int, what: Callable[[], str]) -> torch.Tensor:
         """Bytes `[offset, offset + nbytes)` as a fresh uint8 tensor of shape (nbytes,), aligned for every dtype.
 
         Args:
             offset, nbytes: within the file as it was when it was opened.
-            what: the tensor, for the message.
+            what: gives the name of what is read, for a message.
 
         Raises:
             UserError: RG101 if the file is gone; RG103 if it ends early or has changed since it was opened.
         """
         buffer = torch.empty(nbytes, dtype=torch.uint8)
-        view = buffer.numpy().data
-        done = 0
+        self.read_into(buffer, offset, what)
+        return buffer
+
+    def read_into(self, buffer: torch.Tensor, offset: int, what: Callable[[], str]) -> None:
+        """Fill a contiguous uint8 tensor with the bytes from `offset` on; raises as `read` does."""
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        nbytes, done = len(view), 0
         try:
-            with POOL.using(self._key, self.path) as descriptor:
+            descriptor = POOL.acquire(self._key, self.path)
+            try:
                 while done < nbytes:
                     got = os.preadv(descriptor, [view[done : done + _ONE_CALL]], offset + done)
                     if not got:
-                        raise self._changed(f"the file ends within {what}")
+                        raise self._changed(f"the file ends within {what()}")
                     done += got
                 if _state(descriptor) != self._state:
-                    raise self._changed(f"the file was changed while regraft was reading it, at {what}")
+                    raise self._changed(f"the file was changed while regraft was reading it, at {what()}")
+            finally:
+                POOL.release(self._key)
         except FileNotFoundError as error:  # the cause is kept: it tells failures of the system from bad input
             raise UserError(
                 "RG101", "the file is gone", where=str(self.path), fix="run again with it in place"
             ) from error
         except OSError as error:
-            reason = f"{what} cannot be read: {error.strerror}"
+            reason = f"{what()} cannot be read: {error.strerror}"
             raise UserError(
                 "RG103", reason, where=str(self.path), fix="check the disk, or copy the file again"
             ) from error
-        return buffer
 
     def _changed(self, what: str) -> UserError:
         return UserError("RG103", what, where=str(self.path), fix="run again when nothing else writes to it")

@@ -1,9 +1,10 @@
 """Reading pickled weights (`pytorch_model.bin`, `.pt`, `.pth`) without running anything that the file says.
 
 `torch.load(weights_only=True)` builds tensors and plain containers and refuses every other global; what it refuses is
-refused here, and what would cost it any amount of memory or time is refused before (see `pickle_check`). Zip files are mapped, so a slice costs a slice; files in the format from before PyTorch 1.6 are read as a
-whole. The trade-off of a map: a file that is cut short while a slice is being copied would kill the process, so its
-state is compared before each slice, which leaves only the moment of the copy. Safetensors files do not have this gap.
+refused here, and what would cost it any amount of memory or time is refused before (see `pickle_check`). Zip files are
+mapped, so a slice costs a slice; files in the format from before PyTorch 1.6 are read as a whole. The trade-off of a
+map: a file that is cut short while a slice is being copied would kill the process, so its state is compared before each
+slice, which leaves only the moment of the copy. Safetensors files do not have this gap.
 """
 
 from __future__ import annotations

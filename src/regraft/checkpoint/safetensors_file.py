@@ -57,7 +57,18 @@ class FileTensor:
         start, stop, _ = slice(start, stop).indices(self._numel)
         size = self.dtype.itemsize
         nbytes = max(stop - start, 0) * size
-        return self._file.read(self._begin + start * size, nbytes, f"tensor {shown(self.name)}").view(self.dtype)
+        return self._file.read(self._begin + start * size, nbytes, self._what).view(self.dtype)
+
+    def read_into(self, out: torch.Tensor, start: int) -> None:
+        """Fill `out`, contiguous and of this dtype, with the elements from `start` on; all of them must exist.
+
+        Raises:
+            UserError: as `read`.
+        """
+        self._file.read_into(out.view(torch.uint8), self._begin + start * self.dtype.itemsize, self._what)
+
+    def _what(self) -> str:
+        return f"tensor {shown(self.name)}"
 
     def __repr__(self) -> str:
         return f"FileTensor({self.name!r}, {self.shape}, {self.dtype})"
@@ -79,7 +90,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, TensorSource], dict[str, str
         raise _damaged(path, f"its header claims {begin - 8} bytes, more than the {MAX_HEADER} that the format allows")
     if begin > file.size:
         raise _damaged(path, f"its header claims {begin - 8} bytes but the file has {file.size}")
-    header = _parse(path, file.read(8, begin - 8, "the header").numpy().tobytes())
+    header = _parse(path, file.read(8, begin - 8, lambda: "the header").numpy().tobytes())
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "its __metadata__ is no mapping of texts")

@@ -7,6 +7,7 @@ file offers without seeking.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -93,3 +94,18 @@ def numel(source: TensorSource) -> int:
 def nbytes(source: TensorSource) -> int:
     """Size of a source in bytes."""
     return numel(source) * source.dtype.itemsize
+
+
+def read_rows(sources: Sequence[TensorSource], start: int, stop: int) -> torch.Tensor | list[torch.Tensor]:
+    """Elements `[start, stop)` of several sources: one tensor (n, L) if they have one dtype, else a row for each."""
+    first = sources[0].dtype
+    if any(source.dtype != first for source in sources):
+        return [source.read(start, stop) for source in sources]
+    rows = torch.empty((len(sources), stop - start), dtype=first)
+    for row, source in zip(rows, sources, strict=True):
+        into = getattr(source, "read_into", None)  # files can do without a copy
+        if into is not None:
+            into(row, start)
+        else:
+            row.copy_(source.read(start, stop))
+    return rows

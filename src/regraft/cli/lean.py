@@ -13,7 +13,7 @@ def without_blas() -> None:
     """
     if "numba" in sys.modules or "scipy.linalg" in sys.modules:
         return
-    sys.modules["scipy.linalg"] = None  # type: ignore[assignment] - the import system's word for "not there"
+    sys.modules["scipy.linalg"] = None  # type: ignore[assignment] # the import system's word for "not there"
     try:
         import numba.np.arraymath  # noqa: F401
     finally:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from regraft.axes import Layout, layout
 from regraft.checkpoint import BLOCK, Checkpoint, TensorSource, numel
+from regraft.checkpoint.tensor import read_rows
 from regraft.errors import UserError
 from regraft.inspect.advice import layer_swap, sparsification
 from regraft.inspect.distance import Distance, check_base, rank_bases, relative_distance
@@ -238,9 +239,8 @@ class _Pass:
                 statistic.begin(job.elements)
             for start in range(0, job.elements, _CHUNK):
                 stop = min(start + _CHUNK, job.elements)
-                rows = torch.stack([m.read(start, stop).to(torch.float32) for m in job.models])
-                base = job.base.read(start, stop).to(torch.float32)
-                chunk: Chunk[Any] = Chunk(job.info, Options(), start, rows, base)
+                rows = read_rows([*job.models, job.base], start, stop)
+                chunk: Chunk[Any] = Chunk(job.info, Options(), start, rows, True, torch.float32)
                 for statistic in (gram, sums):
                     statistic.observe(chunk)
                 counts = counts + _counts(chunk.deltas)

@@ -22,9 +22,9 @@ from regraft.checkpoint.tensor import BLOCK, TensorSource, numel
 from regraft.errors import UserError
 from regraft.merge.allocator import keep_pages
 from regraft.merge.jobs import DEFAULT_CHUNK, Job, default_chunk, default_workers, group
-from regraft.merge.kernels import all_within
+from regraft.merge.kernels import all_within, narrow
 from regraft.merge.rule import Chunk, Copy, TensorInfo, Unit
-from regraft.merge.units import Task, UnitState, as_chunk
+from regraft.merge.units import Task, UnitState, read_chunk
 from regraft.methods import Options
 
 
@@ -327,12 +327,9 @@ class _Run:
         state, job = task.state, task.job
         if state.kept is not None:
             return state.kept
-        sources = job.sources
-        raw = [source.read(task.start, task.stop) for source in sources]
+        chunk = read_chunk(job, task.start, task.stop, self._device)
         if state.first_pass:
-            for i, values in enumerate(raw):
-                self._check_finite(job, sources[i], i, values)
-        chunk = as_chunk(job, task.start, raw, self._device)
+            self._check_rows(job, chunk.rows)
         if len(state.jobs) == 1 and task.stop - task.start == job.info.numel:
             state.kept = chunk
         return chunk
@@ -340,6 +337,12 @@ class _Run:
     def _found(self, name: str) -> _Facts:
         with self._changed:
             return self._facts.setdefault(name, _Facts())
+
+    def _check_rows(self, job: Job, rows: Tensor | Sequence[Tensor]) -> None:
+        if isinstance(rows, Tensor) and all_within(rows, torch.finfo(rows.dtype).max):
+            return
+        for i, (source, row) in enumerate(zip(job.sources, rows, strict=True)):
+            self._check_finite(job, source, i, row)
 
     def _check_finite(self, job: Job, source: TensorSource, model: int, values: Tensor) -> None:
         if all_within(values, torch.finfo(values.dtype).max):
@@ -354,14 +357,14 @@ class _Run:
             )
 
     def _store(self, task: Task, result: Tensor) -> None:
-        dtype = task.job.out_dtype
-        limit = torch.finfo(dtype).max
-        if limit < torch.finfo(result.dtype).max and not all_within(result, limit):
+        stored, within = narrow(result, task.job.out_dtype)
+        if not within:
+            limit = torch.finfo(task.job.out_dtype).max
             lost = int(((result.abs() > limit) & torch.isfinite(result)).sum())
             facts = self._found(task.job.info.name)
             with self._changed:
                 facts.saturated += lost
-        self._write(task.job.info.name, task.start, result.to(dtype).cpu())
+        self._write(task.job.info.name, task.start, stored.cpu())
 
     def _copy(self, task: Task, model: int) -> None:
         job = task.job

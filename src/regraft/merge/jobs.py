@@ -15,7 +15,7 @@ from regraft.merge.rule import Rule, TensorInfo
 from regraft.methods import Options
 
 # Elements; a chunk of a few models then stays in the processor's cache, and calls are few against the work in them.
-DEFAULT_CHUNK = 1 << 18
+DEFAULT_CHUNK = 1 << 19
 # On an accelerator a chunk has to keep all of it busy.
 _ACCELERATOR_CHUNK = 1 << 24
 # Tensors of chunk length that a rule holds at its peak, per model row (measured over the rules; used for estimates).

@@ -17,13 +17,19 @@ from torch import Tensor
 
 from regraft.checkpoint.tensor import BLOCK
 
-_BITS = {torch.float32: np.uint32, torch.float64: np.uint64, torch.bfloat16: np.uint16, torch.float16: np.uint16}
+_ARITHMETIC = (torch.float32, torch.float64)
+_BITS = {
+    torch.float32: torch.uint32,
+    torch.float64: torch.uint64,
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.uint16,
+}
 _SIGNLESS = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF), 8: np.uint64(0x7FFFFFFFFFFFFFFF)}
 
 
 def fused(*tensors: Tensor) -> bool:
     """Whether the compiled loops serve these tensors."""
-    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
+    return all(tensor.is_cpu and tensor.dtype in _ARITHMETIC for tensor in tensors)
 
 
 def array(tensor: Tensor) -> Any:
@@ -33,8 +39,7 @@ def array(tensor: Tensor) -> Any:
 
 def bit_array(tensor: Tensor) -> Any:
     """A float tensor's memory as unsigned integers."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
-    return tensor.contiguous().view(integer).numpy().view(_BITS[tensor.dtype])
+    return tensor.contiguous().view(_BITS[tensor.dtype]).numpy()
 
 
 @lru_cache(maxsize=256)
@@ -74,36 +79,53 @@ def added(rows: Iterable[Tensor]) -> Tensor:
     return out
 
 
-def widen(raw: Tensor, out: Tensor) -> None:
-    """Copy values of any float dtype into `out` (float32 or float64), both flat and of one length."""
-    if raw.dtype == torch.bfloat16 and fused(out) and out.dtype == torch.float32:
-        from regraft.merge.native import widen_bf16
+def widened(rows: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Rows of any float dtype as one tensor (n, L) of `dtype` (float32 or float64), without a copy if they are."""
+    if isinstance(rows, Tensor):
+        if rows.dtype == dtype:
+            return rows
+        if rows.dtype == torch.bfloat16 and dtype == torch.float32 and rows.is_cpu:
+            from regraft.merge.native import widen_bf16
 
-        widen_bf16(bit_array(raw), bit_array(out))
-    else:
-        out.copy_(raw)
+            out = torch.empty(rows.shape, dtype=dtype)
+            widen_bf16(bit_array(rows).reshape(-1), bit_array(out).reshape(-1))
+            return out
+        return rows.to(dtype)
+    return torch.stack([row.to(dtype) for row in rows])
 
 
-def widen_minus(raw: Tensor, base: Tensor, out: Tensor) -> None:
-    """out = raw - base, formed in the dtype of `base` and `out` (float32 or float64); all flat and of one length."""
-    if raw.dtype == torch.bfloat16 and fused(base, out) and out.dtype == torch.float32:
+def differences(rows: Tensor | Sequence[Tensor], base: Tensor) -> Tensor:
+    """rows - base, (n, L), formed in the dtype of `base`, (L,); rows as in `widened`."""
+    if isinstance(rows, Tensor) and rows.dtype == torch.bfloat16 and base.dtype == torch.float32 and rows.is_cpu:
         from regraft.merge.native import widen_bf16_minus
 
-        widen_bf16_minus(bit_array(raw), array(base), out.numpy(), bit_array(out))
-    elif raw.dtype == out.dtype:
-        torch.sub(raw, base, out=out)
-    else:
-        out.copy_(raw).sub_(base)
+        out = torch.empty(rows.shape, dtype=base.dtype)
+        widen_bf16_minus(bit_array(rows), array(base), out.numpy(), bit_array(out))
+        return out
+    return widened(rows, base.dtype) - base
+
+
+def narrow(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """Values rounded to `dtype`, and whether all magnitudes are within its range (False if there is a NaN)."""
+    if dtype == torch.bfloat16 and values.dtype == torch.float32 and values.is_cpu:
+        from regraft.merge.native import narrow_bf16
+
+        out = torch.empty(values.shape, dtype=dtype)
+        most = narrow_bf16(bit_array(values), bit_array(out))
+        return out, bool(most <= _most_bits(torch.float32, torch.finfo(dtype).max))
+    limit = torch.finfo(dtype).max
+    within = limit >= torch.finfo(values.dtype).max or all_within(values, limit)
+    return values.to(dtype), within
 
 
 def all_within(values: Tensor, limit: float) -> bool:
     """Whether no magnitude is above `limit`; False if there is a NaN. bf16 and fp16 are looked at as they are."""
     if values.numel() == 0:
         return True
-    if values.device.type == "cpu" and values.dtype in _BITS:
+    if values.is_cpu and values.dtype in _BITS:
         from regraft.merge.native import largest_bits
 
-        bits = bit_array(values)
+        bits = bit_array(values).reshape(-1)
         return bool(largest_bits(bits, _SIGNLESS[bits.dtype.itemsize]) <= _most_bits(values.dtype, limit))
     wide = values if values.dtype.itemsize > 1 else values.float()
     return bool((wide.abs() <= limit).all())

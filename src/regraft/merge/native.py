@@ -33,14 +33,32 @@ def widen_bf16(raw, out):
 
 @kernel
 def widen_bf16_minus(raw, base, out, out_bits):
-    """out = raw - base, for bfloat16 as uint16 and base and out in float32; `out_bits` is the memory of `out`."""
-    for begin in range(0, raw.shape[0], TILE):
-        part, bits = raw[begin : begin + TILE], out_bits[begin : begin + TILE]
-        values, reference = out[begin : begin + TILE], base[begin : begin + TILE]
-        for k in range(part.shape[0]):
-            bits[k] = np.uint32(part[k]) << np.uint32(16)
-        for k in range(part.shape[0]):
-            values[k] -= reference[k]
+    """out[i] = raw[i] - base, for bfloat16 as uint16, else float32; `out_bits` is the memory of `out`."""
+    length = base.shape[0]
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        reference = base[begin : begin + size]
+        for i in range(raw.shape[0]):
+            part, bits = raw[i, begin : begin + size], out_bits[i, begin : begin + size]
+            values = out[i, begin : begin + size]
+            for k in range(size):
+                bits[k] = np.uint32(part[k]) << np.uint32(16)
+            for k in range(size):
+                values[k] -= reference[k]
+
+
+@kernel
+def narrow_bf16(bits, out):
+    """float32 as uint32 -> bfloat16 as uint16, to the nearest, ties to even; the largest magnitude's bits."""
+    most = np.uint32(0)
+    for k in range(bits.shape[0]):
+        raw = bits[k]
+        size = np.uint32(raw & np.uint32(0x7FFFFFFF))
+        most = size if size > most else most
+        odd = np.uint32((raw >> np.uint32(16)) & np.uint32(1))
+        rounded = np.uint16((raw + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+        out[k] = np.uint16(0x7FC0) if size > np.uint32(0x7F800000) else rounded
+    return most
 
 
 @kernel

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from regraft.checkpoint.tensor import BLOCK
 from regraft.errors import UserError, nearest
+from regraft.merge.kernels import differences, widened
 from regraft.methods import Method, Options, Paper, register
 
 if TYPE_CHECKING:
@@ -104,9 +105,9 @@ class Chunk(Generic[O]):
     """Elements `[start, start + L)` of one tensor, in every model, in the arithmetic dtype (float32 or float64).
 
     Args:
-        models: one row of shape (L,) per model, of any float dtype (or all of them as one tensor (n, L)).
-        base: shape (L,), in the arithmetic dtype; None if the merge has no base.
-        dtype: the arithmetic dtype; that of `models` by default.
+        rows: one row of shape (L,) per model and, if `has_base`, the base's last: a tensor (n, L) of any float dtype,
+            or tensors of several.
+        dtype: the arithmetic dtype; that of `rows` by default.
         block: chunks of this tensor start at multiples of so many elements; what is summed up over a tensor is summed
             over blocks first, so that cutting does not matter.
     """
@@ -116,52 +117,42 @@ class Chunk(Generic[O]):
         info: TensorInfo,
         options: O,
         start: int,
-        models: Sequence[Tensor] | Tensor,
-        base: Tensor | None = None,
+        rows: Sequence[Tensor] | Tensor,
+        has_base: bool = False,
         dtype: torch.dtype | None = None,
         block: int = BLOCK,
     ) -> None:
-        self.info, self.options, self.start = info, options, start
-        self._raw, self._base = models, base
-        self.n, self.length = len(models), models[0].shape[0]
-        self.dtype = dtype or models[0].dtype
+        self.info, self.options, self.start, self.has_base = info, options, start, has_base
+        self.rows, self.n, self.length = rows, len(rows) - has_base, rows[0].shape[0]
+        self.dtype = dtype or rows[0].dtype
         self.block = block
-        self.device = models[0].device
-        self._models = models if isinstance(models, Tensor) else None
+        self.device = rows[0].device
+        self._base: Tensor | None = None
+        self._models: Tensor | None = None
         self._deltas: Tensor | None = None
         self._computed: dict[Any, Tensor] = {}
 
     @property
-    def has_base(self) -> bool:
-        return self._base is not None
-
-    @property
     def base(self) -> Tensor:
         """The base's elements, shape (L,). Treat as read-only."""
-        if self._base is None:
+        if not self.has_base:
             raise AttributeError("this merge has no base model")
+        if self._base is None:
+            self._base = widened(self.rows[self.n : self.n + 1], self.dtype)[0]
         return self._base
 
     @property
     def models(self) -> Tensor:
         """All models' elements, shape (n, L). Treat as read-only."""
         if self._models is None:
-            from regraft.merge.kernels import widen
-
-            self._models = torch.empty((self.n, self.length), dtype=self.dtype, device=self.device)
-            for raw, row in zip(self._raw, self._models, strict=True):
-                widen(raw, row)
+            self._models = widened(self.rows[: self.n], self.dtype)
         return self._models
 
     @property
     def deltas(self) -> Tensor:
         """Task vectors `models - base`, shape (n, L), formed after upcasting. Treat as read-only."""
         if self._deltas is None:
-            from regraft.merge.kernels import widen_minus
-
-            self._deltas = torch.empty((self.n, self.length), dtype=self.dtype, device=self.device)
-            for raw, row in zip(self._raw, self._deltas, strict=True):
-                widen_minus(raw, self.base, row)
+            self._deltas = differences(self.rows[: self.n], self.base)
         return self._deltas
 
     def computed(self, f: Callable[[Chunk[O]], Tensor]) -> Tensor:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from regraft.checkpoint.tensor import read_rows
 from regraft.merge.jobs import Job
-from regraft.merge.kernels import widen
 from regraft.merge.rule import Chunk, Steps, Unit
 from regraft.merge.statistics import Statistic
 
@@ -45,12 +44,11 @@ class UnitState:
             while wanted < passed + job.info.numel:
                 start = min(wanted - passed, max(job.info.numel - _SAMPLE_LENGTH, 0))
                 stop = min(start + _SAMPLE_LENGTH, job.info.numel)
-                pieces.append(as_chunk(job, start, [source.read(start, stop) for source in job.sources], device))
+                pieces.append(read_chunk(job, start, stop, device))
                 wanted += step
             passed += job.info.numel
-        rows = torch.cat([piece.models for piece in pieces], 1)
-        base = torch.cat([piece.base for piece in pieces]) if pieces[0].has_base else None
-        return Chunk(self.jobs[0].info, self.jobs[0].options, 0, rows, base)
+        rows = torch.cat([torch.cat([p.models, p.base.unsqueeze(0)]) if p.has_base else p.models for p in pieces], 1)
+        return Chunk(self.jobs[0].info, self.jobs[0].options, 0, rows, pieces[0].has_base)
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,8 @@ class Task:
     stop: int
 
 
-def as_chunk(job: Job, start: int, raw: Sequence[Tensor], device: torch.device) -> Chunk[Any]:
-    """What was read of `job.sources` as a chunk on a device; only the base is widened at once."""
-    rows = [values.to(device) for values in raw]
-    base = None
-    if job.base is not None:
-        base = torch.empty(len(rows[-1]), dtype=job.arithmetic, device=device)
-        widen(rows.pop(), base)
-    return Chunk(job.info, job.options, start, rows, base, job.arithmetic, job.block)
+def read_chunk(job: Job, start: int, stop: int, device: torch.device) -> Chunk[Any]:
+    """Elements `[start, stop)` of all that a job reads, on a device."""
+    raw = read_rows(job.sources, start, stop)
+    rows = raw.to(device) if isinstance(raw, Tensor) else [row.to(device) for row in raw]
+    return Chunk(job.info, job.options, start, rows, job.base is not None, job.arithmetic, job.block)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-
 MAX_MODELS = 1000  # in one merge
 MAX_STEPS = 2000  # in one recipe, with the members of sweeps
 
