@@ -31,6 +31,7 @@ _NO_DELTA = {
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
 }
+_LARGEST = 3.4e38
 _SECONDS = 1.0  # for one pattern and one module, where microseconds are usual
 # Their start subtracts the first low-rank step from the base, which the adapter alone does not tell.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -100,10 +101,10 @@ class AdapterConfig:
         """The factor of a module's change: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
 
         Raises:
-            UserError: RG108 if r or alpha is no finite number.
+            UserError: RG108 if r is no positive integer, or alpha no number that float32 can hold.
         """
         alpha = self._of(module, "alpha_pattern", "lora_alpha", 8)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _LARGEST:
             raise self.refused(f"lora_alpha is {shown(alpha)} for {module}", "repair the file")
         rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank

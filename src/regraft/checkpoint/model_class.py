@@ -33,7 +33,7 @@ def bounded(config: Mapping[str, Any], most: int = MOST) -> bool:
     """Whether no count in a config, or in one nested in it, is larger than `most`."""
     for key, value in config.items():
         values = value if isinstance(value, list) else [value]
-        counts = _COUNTS.search(key) is not None
+        counts = _COUNTS.search(str(key)) is not None
         for one in values:
             if isinstance(one, Mapping):
                 if not bounded(one, most):

@@ -108,7 +108,8 @@ def _rope_type(config: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     """Values that mean the same as one value: null and empty ones, 1 and 1.0, keys as numbers or texts."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items() if _plain(v) is not None} or None
+        entries = {str(k): _plain(v) for k, v in value.items()}
+        return {k: v for k, v in entries.items() if v is not None} or None
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value] or None
     return value

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.kernels import added, changed, elect, weighted_sum, winners
+from regraft.merge.kernels import added, changed, count_zeros, elect, numbers, weighted_sum, winners
 from regraft.merge.rule import Chunk, PerModel
+from regraft.merge.sparsify import Sparse
 from regraft.methods import Options
 
-__all__ = ["Density", "TaskVectorOptions", "added", "changed", "elected", "onto_base", "total", "winners"]
+__all__ = ["Density", "Sparse", "TaskVectorOptions", "added", "changed", "elected", "onto_base", "total", "winners"]
 
+_ABOUT_ZERO = 1e-8
 Density = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -33,9 +37,7 @@ class TaskVectorOptions(Options):
 def total(deltas: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
     """Weighted sum over models, (L,); divided by the sum of weights if `normalize` (and that is not about zero)."""
     merged = weighted_sum(deltas, weights)
-    if normalize and abs(sum(weights)) >= 1e-8:
-        merged = merged / sum(weights)
-    return merged
+    return merged / sum(weights) if normalize and abs(sum(weights)) >= _ABOUT_ZERO else merged
 
 
 def elected(deltas: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
@@ -44,11 +46,35 @@ def elected(deltas: Tensor, weights: Sequence[float], normalize: bool) -> Tensor
 
 
 def onto_base(
-    sparse: Callable[[Chunk[Any]], Tensor], join: Callable[[Tensor, Sequence[float], bool], Tensor]
+    sparse: Sparse,
+    join: Callable[[Tensor, Sequence[float], bool], Tensor],
+    on_zeros: Callable[[Tensor, int], None] | None = None,
 ) -> Callable[[Chunk[Any]], Tensor]:
-    """The last pass of these rules: `base + lambda * join(sparse task vectors, weights, normalize)`."""
+    """The last pass of these rules: `base + lambda * join(sparse task vectors, weights, normalize)`.
+
+    Args:
+        sparse: how task vectors become sparse.
+        join: `total` or `elected`.
+        on_zeros: told, for each chunk, the entries of each full task vector that are zero (n,), and its length.
+    """
 
     def combine(c: Chunk[Any]) -> Tensor:
-        return changed(c.base, join(sparse(c), c.options.weight, c.options.normalize), c.options.lambda_)
+        o = c.options
+        arguments = sparse.compiled(c)
+        if arguments is None:
+            if on_zeros is not None:
+                on_zeros(count_zeros(c.deltas), c.length)
+            return changed(c.base, join(sparse(c), o.weight, o.normalize), o.lambda_)
+        from regraft.merge import native_sparse
+
+        zeros, out = np.zeros(c.n, np.int64), np.empty(c.length, np.float32)
+        scale = o.lambda_
+        if join is total and o.normalize and abs(sum(o.weight)) >= _ABOUT_ZERO:
+            scale /= sum(o.weight)
+        weights = numbers(o.weight, c.dtype)
+        native_sparse.merge(*arguments, weights, join is elected, o.normalize, np.float32(scale), zeros, out)
+        if on_zeros is not None:
+            on_zeros(torch.from_numpy(zeros), c.length)
+        return torch.from_numpy(out)
 
     return combine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,9 +11,8 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from regraft.merge.consensus import Density, TaskVectorOptions
-from regraft.merge.kernels import count_zeros
-from regraft.merge.rule import Chunk, PerModel, Unit
-from regraft.merge.sparsify import Sparse, Stage, drawn, norms_restored
+from regraft.merge.rule import PerModel, Unit
+from regraft.merge.sparsify import Stage, drawn, norms_restored
 from regraft.methods import Paper
 
 DARE = Paper(
@@ -45,21 +45,18 @@ def rescaled(unit: Unit[DareOptions]) -> Stage:
     o = unit.options
     factors = [1 / d for d in o.density] if o.rescale == "density" else [1.0] * unit.n
     sparse = drawn(unit, o.density, factors, o.seed)
-    if o.rescale == "l1":
-        sparse = yield from norms_restored(unit, sparse)
-    return _watched(unit, sparse)
+    return (yield from norms_restored(unit, sparse)) if o.rescale == "l1" else sparse
 
 
-def _watched(unit: Unit[DareOptions], sparse: Sparse) -> Sparse:
+def sparse_before(unit: Unit[DareOptions]) -> Callable[[Tensor, int], None]:
     """Warn of task vectors that were sparse before, counted in the last pass. Those of frozen tensors do not count."""
     lock = threading.Lock()
     zeros, seen = torch.zeros(unit.n, dtype=torch.int64), 0
 
-    def watch(c: Chunk[Any]) -> Tensor:
+    def count(found: Tensor, length: int) -> None:
         nonlocal zeros, seen
-        found = count_zeros(c.deltas)
         with lock:
-            zeros, seen = zeros + found, seen + c.deltas.shape[1]
+            zeros, seen = zeros + found, seen + length
             if seen == unit.numel:
                 for i in ((2 * zeros > seen) & (zeros < seen)).nonzero().flatten().tolist():
                     if unit.options.density[i] < 1:
@@ -67,6 +64,5 @@ def _watched(unit: Unit[DareOptions], sparse: Sparse) -> Sparse:
                             f"model {i + 1} does not differ from the base in more than half of the entries of some"
                             " tensors, as after an earlier drop; dare drops from the rest"
                         )
-        return sparse(c)
 
-    return watch
+    return count

@@ -94,10 +94,11 @@ class TaskVectorStatistics:
         """Add a chunk; called from several threads, each chunk of the output once."""
         if not chunk.has_base or chunk.n != self.n:
             return
-        deltas, base = _every_kth_block(chunk)
-        if not deltas.shape[1]:
+        measured = _every_kth_block(chunk)
+        if not measured.length:
             return
-        gram = block_grams(torch.cat([deltas, base.unsqueeze(0)])).sum(0)
+        deltas = measured.deltas
+        gram = block_grams(torch.cat([deltas, measured.base.unsqueeze(0)])).sum(0)
         moved, conflicts = sign_conflicts(deltas)
         absolute = block_sums(deltas, absolute=True).sum(1)
         n, length = deltas.shape
@@ -167,17 +168,18 @@ def _independence(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> s
     return f"task vectors are {kind}: the largest cosine is {cosine:.3g} ({names[j]}, {names[i]})"
 
 
-def _every_kth_block(chunk: Chunk[Any]) -> tuple[Tensor, Tensor]:
-    """Task vectors and base of the blocks that are measured: always the same ones, however the tensor is cut."""
+def _every_kth_block(chunk: Chunk[Any]) -> Chunk[Any]:
+    """The blocks that are measured, as a chunk: always the same ones, however the tensor is cut."""
     stride = -(-chunk.info.numel // _ENOUGH)
     if stride == 1:
-        return chunk.deltas, chunk.base
-    first, length = chunk.start // BLOCK, chunk.length
-    starts = [b * BLOCK for b in range(-(-length // BLOCK)) if (first + b) % stride == 0]
-    if not starts:
-        return chunk.deltas[:, :0], chunk.base[:0]
-    deltas = torch.cat([chunk.deltas[:, at : at + BLOCK] for at in starts], 1)
-    return deltas, torch.cat([chunk.base[at : at + BLOCK] for at in starts])
+        return chunk
+    first = chunk.start // BLOCK
+    starts = [b * BLOCK for b in range(-(-chunk.length // BLOCK)) if (first + b) % stride == 0]
+    # Cut from what was read, before anything is computed of it.
+    rows = [torch.cat([row[at : at + BLOCK] for at in starts] or [row[:0]]) for row in chunk.rows]
+    if isinstance(chunk.rows, Tensor):
+        return Chunk(chunk.info, chunk.options, 0, torch.stack(rows), chunk.has_base, chunk.dtype)
+    return Chunk(chunk.info, chunk.options, 0, rows, chunk.has_base, chunk.dtype)
 
 
 def _digits(value: float) -> float:

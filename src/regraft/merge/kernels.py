@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from regraft.checkpoint.tensor import BLOCK
+
+if TYPE_CHECKING:
+    from regraft.merge.rule import Chunk
 
 _ARITHMETIC = (torch.float32, torch.float64)
 _BITS = {
@@ -47,9 +50,22 @@ def _numbers(values: tuple[float, ...], dtype: torch.dtype) -> Any:
     return torch.tensor(values, dtype=dtype).numpy()
 
 
-def numbers(values: Sequence[float], like: Tensor) -> Any:
+def numbers(values: Sequence[float], like: Tensor | torch.dtype) -> Any:
     """One number per model as an array (n,), in the dtype of `like`."""
-    return _numbers(tuple(values), like.dtype)
+    return _numbers(tuple(values), like.dtype if isinstance(like, Tensor) else like)
+
+
+def stored(chunk: Chunk[Any]) -> Any | None:
+    """Models and base (n + 1, L) as they are stored, for the loops in `native_sparse`: bfloat16 as uint16, or float32.
+
+    None if they are stored otherwise, or elsewhere, or there is no base.
+    """
+    rows = chunk.rows
+    if not isinstance(rows, Tensor) or not rows.is_cpu or not chunk.has_base or chunk.dtype != torch.float32:
+        return None
+    if rows.dtype == torch.bfloat16:
+        return bit_array(rows)
+    return array(rows) if rows.dtype == torch.float32 else None
 
 
 @lru_cache(maxsize=64)

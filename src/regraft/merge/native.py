@@ -265,8 +265,8 @@ def sign_conflicts(rows):
                 signs[k] |= np.uint32(row[k] > 0) | (np.uint32(row[k] < 0) << np.uint32(1))
         here, both = np.int32(0), np.int32(0)
         for k in range(size):
-            here += np.int32(signs[k] != 0)
-            both += np.int32(signs[k] == 3)
+            here = np.int32(here + np.int32(signs[k] != 0))
+            both = np.int32(both + np.int32(signs[k] == 3))
         moved += here
         conflicts += both
     return moved, conflicts
@@ -280,32 +280,55 @@ def count_zeros(rows, out):
             part = rows[i, begin : begin + TILE]
             here = np.int32(0)
             for k in range(part.shape[0]):
-                here += np.int32(part[k] == 0)
+                here = np.int32(here + np.int32(part[k] == 0))
             out[i] += here
 
 
 @kernel
-def tally32(bits, mask, firsts, top, low):
+def count_low(keys, heads, first, likely, table):
+    """table[head - first, lower half] += 1 for keys whose upper half is one of the len(table) that begin at `first`.
+
+    The key `likely` is counted apart: many entries may be equal to it, too many to foresee and too few to expect.
+    """
+    width = np.uint32(table.shape[0])
+    equal = np.int32(0)
+    for k in range(keys.shape[0]):
+        equal = np.int32(equal + np.int32(keys[k] == likely))
+    for k in range(keys.shape[0]):
+        offset = np.uint32(heads[k] - first)
+        if (offset < width) & (keys[k] != likely):
+            table[offset, keys[k] & np.uint32(0xFFFF)] += np.int32(1)
+    offset = np.uint32((likely >> np.uint32(16)) - first)
+    if offset < width:
+        table[offset, likely & np.uint32(0xFFFF)] += equal
+
+
+@kernel
+def tally32(bits, mask, firsts, likely, top, low):
     """Histograms of order-preserving keys of float32 values, given as their bits; `mask` takes off the sign or nothing.
 
-    top[head] counts the keys with the upper half `head`; low[r, head - firsts[r], lower half] those whose upper half
-    is one of the low.shape[1] that begin at firsts[r].
+    top[:, head] counts the keys with the upper half `head`, four ways (see `native_sparse.tally`);
+    low[r, head - firsts[r], lower half] those whose upper half is one of the low.shape[1] that begin at firsts[r].
     """
-    width = np.uint32(low.shape[1])
-    keys = np.empty(TILE, np.uint32)
+    keys, heads = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    one = np.int32(1)
     for begin in range(0, bits.shape[0], TILE):
         part = bits[begin : begin + TILE]
-        for k in range(part.shape[0]):
+        size = part.shape[0]
+        for k in range(size):
             raw = np.uint32(part[k] & mask)
             keys[k] = np.uint32(~raw) if raw >= np.uint32(0x80000000) else np.uint32(raw | np.uint32(0x80000000))
-        for k in range(part.shape[0]):
-            top[keys[k] >> np.uint32(16)] += np.int32(1)
+            heads[k] = keys[k] >> np.uint32(16)
+        fours = size // 4 * 4
+        for k in range(0, fours, 4):
+            top[0, heads[k]] += one
+            top[1, heads[k + 1]] += one
+            top[2, heads[k + 2]] += one
+            top[3, heads[k + 3]] += one
+        for k in range(fours, size):
+            top[0, heads[k]] += one
         for r in range(low.shape[0]):
-            first, table = firsts[r], low[r]
-            for k in range(part.shape[0]):
-                offset = np.uint32((keys[k] >> np.uint32(16)) - first)
-                if offset < width:
-                    table[offset, keys[k] & np.uint32(0xFFFF)] += np.int32(1)
+            count_low(keys[:size], heads[:size], firsts[r], likely[r], low[r])
 
 
 @kernel
@@ -348,7 +371,7 @@ def keep_drawn(row, key, second_key, start, kept, factor, out):
         part, target = row[begin : begin + size], out[begin : begin + size]
         equal = np.int32(0)
         for k in range(size):
-            equal += np.int32(lanes[k] == bound)
+            equal = np.int32(equal + np.int32(lanes[k] == bound))
             target[k] = part[k] * factor if lanes[k] < bound else zero
         if equal:
             for k in range(size):

@@ -51,7 +51,7 @@ def bits(seed: int, model: int, name: str, start: int, length: int, device: torc
 
 def keep_mask(random_bits: Tensor, density: float) -> Tensor:
     """Bernoulli mask, True with probability `density` (to within 2**-32)."""
-    kept = _kept(density)
+    kept = kept_below(density)
     if kept == 0:
         return torch.zeros_like(random_bits, dtype=torch.bool)
     return random_bits <= kept - 1 - 2**31  # the bound itself must fit in 32 bits
@@ -66,7 +66,7 @@ def drop(
         values: elements `[start, start + L)` of the tensor `name`, float32 or float64.
         density: probability that an element is kept, in (0, 1].
     """
-    kept = _kept(density)
+    kept = kept_below(density)
     if kept == 2**32:
         torch.mul(values, factor, out=out)
     elif fused(values, out) and start % 4 == 0:
@@ -120,5 +120,6 @@ def drop_by_rank(
     torch.where(draws < chance * 2.0**32, scaled, torch.zeros_like(values), out=out)
 
 
-def _kept(density: float) -> int:
+def kept_below(density: float) -> int:
+    """The bound, in [0, 2**32], below which a 32-bit draw keeps an element."""
     return min(round(density * 2**32), 2**32)

@@ -16,14 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regraft.merge.kernels import array, bit_array, fused
+from regraft.merge.kernels import array, bit_array, fused, stored
 from regraft.merge.rule import Chunk
 
 # Up to this many elements the values themselves are kept and sorted; above, histograms are filled.
 _KEEP = 1 << 16
 _BINS = 1 << 16
 _GUESSED = 4  # neighbouring ranges for which lower halves are counted in the first sweep
+_WAYS = 4  # tables that take turns in counting upper halves
 _FLUSH = 1 << 30  # elements after which a thread's 32-bit counts are added to the common ones
+
+
+def task_vectors(chunk: Chunk[Any]) -> Tensor:
+    """The values that most order statistics are about, by a name, so that they need not be written down."""
+    return chunk.deltas
 
 
 class OrderStatistic:
@@ -64,6 +70,13 @@ class OrderStatistic:
             search.guess((values.abs() if self._absolute else values).cpu(), self._numel)
 
     def observe(self, chunk: Chunk[Any]) -> None:
+        if self._kept is None and self._f is task_vectors and self._absolute:
+            raw = stored(chunk)
+            if raw is not None:
+                search = self._begun_for(chunk.n, torch.float32)
+                assert isinstance(search, _Search32)
+                search.count_stored(raw)
+                return
         values = torch.atleast_2d(chunk.computed(self._f))
         if self._kept is not None:
             kept = values.abs() if self._absolute else values.clone()
@@ -73,10 +86,12 @@ class OrderStatistic:
             self._begun(values).count(values, self._absolute)
 
     def _begun(self, values: Tensor) -> _Search32 | _Search64:
+        return self._begun_for(values.shape[0], values.dtype)
+
+    def _begun_for(self, rows: int, dtype: torch.dtype) -> _Search32 | _Search64:
         with self._lock:
             if self._search is None:
-                kind = _Search32 if values.dtype == torch.float32 else _Search64
-                self._search = kind(self._targets(values.shape[0]))
+                self._search = (_Search32 if dtype == torch.float32 else _Search64)(self._targets(rows))
             return self._search
 
     def _targets(self, rows: int) -> list[list[int]]:
@@ -105,7 +120,7 @@ class _Tables:
     """Counts of one thread: 32 bits wide, so that a few of them fit the cache."""
 
     def __init__(self, rows: int, ranges: int, width: int) -> None:
-        self.top = np.zeros((rows, _BINS), np.int32)
+        self.top = np.zeros((rows, _WAYS, _BINS), np.int32)
         self.low = np.zeros((rows, ranges, width, _BINS), np.int32)
         self.seen = 0
 
@@ -119,6 +134,7 @@ class _Search32:
         self._lock = threading.Lock()
         self._threads: dict[int, _Tables] = {}
         self._firsts, self._width = np.zeros((self._rows, 0), np.uint32), _GUESSED
+        self._likely = np.zeros_like(self._firsts)  # keys that the wanted values may well have
         self._top = np.zeros((self._rows, _BINS), np.int64)
         self._clear_low()
 
@@ -129,15 +145,17 @@ class _Search32:
         ordered = np.sort(values.numpy(), axis=1)
         seen = ordered.shape[1]
         firsts = np.zeros((self._rows, self._count), np.uint32)
+        likely = np.zeros_like(firsts)
         for row, ranks in enumerate(self._targets):
             for i, rank in enumerate(ranks):
                 share = (rank + 0.5) / numel
                 # Centred on the sample's own order statistic: it is off by a range or two at most where the
                 # distribution is dense, and where it is not, a second sweep is what it takes.
                 value = ordered[row, min(int(share * seen), seen - 1)]
-                head = int(_key32(np.array([value], np.float32))[0]) >> 16
+                likely[row, i] = _key32(np.array([value], np.float32))[0]
+                head = int(likely[row, i]) >> 16
                 firsts[row, i] = min(max(head - (_GUESSED - 1) // 2, 0), _BINS - _GUESSED)
-        self._firsts = firsts
+        self._firsts, self._likely = firsts, likely
         self._clear_low()
 
     def count(self, values: Tensor, absolute: bool) -> None:
@@ -149,9 +167,19 @@ class _Search32:
             mask = np.uint32(0x7FFFFFFF if absolute else 0xFFFFFFFF)
             bits = bit_array(values)
             for row in range(self._rows):
-                tally32(bits[row], mask, self._firsts[row], tables.top[row], tables.low[row])
+                tally32(bits[row], mask, self._firsts[row], self._likely[row], tables.top[row], tables.low[row])
         else:
             self._count_in_torch(values.abs() if absolute else values, tables)
+        if tables.seen > _FLUSH:
+            self._flush(tables)
+
+    def count_stored(self, raw: Any) -> None:
+        """Count the magnitudes of the task vectors of models and base as they are stored, (n + 1, L)."""
+        from regraft.merge.native_sparse import tally
+
+        tables = self._own()
+        tables.seen += raw.shape[1]
+        tally(raw, self._firsts, self._likely, tables.top, tables.low)
         if tables.seen > _FLUSH:
             self._flush(tables)
 
@@ -160,7 +188,7 @@ class _Search32:
         keys = torch.where(raw < 0, ~raw & 0xFFFFFFFF, raw | 0x80000000)
         heads, rest = keys >> 16, keys & 0xFFFF
         for row in range(self._rows):
-            tables.top[row] += torch.bincount(heads[row], minlength=_BINS).cpu().numpy().astype(np.int32)
+            tables.top[row, 0] += torch.bincount(heads[row], minlength=_BINS).cpu().numpy().astype(np.int32)
             for i, first in enumerate(self._firsts[row].tolist()):
                 for j in range(self._width):
                     inside = rest[row][heads[row] == first + j]
@@ -175,7 +203,7 @@ class _Search32:
 
     def _flush(self, tables: _Tables) -> None:
         with self._lock:
-            self._top += tables.top
+            self._top += tables.top.sum(1, dtype=np.int64)
             self._low += tables.low
         tables.top[:], tables.low[:], tables.seen = 0, 0, 0
 
@@ -206,6 +234,7 @@ class _Search32:
             # The upper halves are known: the next sweep counts lower halves of exactly these ranges. It counts upper
             # halves again, which costs less than another loop would.
             self._firsts, self._width = heads.astype(np.uint32), 1
+            self._likely = self._firsts << np.uint32(16)
             self._top[:] = 0
             self._clear_low()
             return False

@@ -18,9 +18,9 @@ from torch import Tensor
 from regraft.checkpoint.tensor import BLOCK
 from regraft.merge.kernels import block_grams, block_sums
 from regraft.merge.rule import Chunk
-from regraft.merge.selection import OrderStatistic
+from regraft.merge.selection import OrderStatistic, task_vectors
 
-__all__ = ["Gram", "MinMax", "OrderStatistic", "RowSums", "Statistic", "Sum"]
+__all__ = ["Gram", "MinMax", "OrderStatistic", "RowSums", "Statistic", "Sum", "task_vectors"]
 
 
 class Statistic(Protocol):
@@ -62,8 +62,12 @@ class Sum:
     def begin(self, numel: int) -> None:
         self._partials.clear()
 
+    def partial(self, chunk: Chunk[Any]) -> Tensor:
+        """Sums over the chunk's blocks, (rows, blocks)."""
+        return block_sums(torch.atleast_2d(chunk.computed(self._f)), absolute=self._absolute, block=chunk.block)
+
     def observe(self, chunk: Chunk[Any]) -> None:
-        sums = block_sums(torch.atleast_2d(chunk.computed(self._f)), absolute=self._absolute, block=chunk.block)
+        sums = self.partial(chunk)
         with self._lock:
             self._partials.append(sums)
 

@@ -15,7 +15,7 @@ by default and `weight` must be given; its own draws cannot be reproduced, as th
 from __future__ import annotations
 
 from regraft.merge.consensus import onto_base, total
-from regraft.merge.dare import DARE, DareOptions, rescaled
+from regraft.merge.dare import DARE, DareOptions, rescaled, sparse_before
 from regraft.merge.rule import REQUIRED, Steps, Unit, rule
 
 
@@ -29,4 +29,4 @@ from regraft.merge.rule import REQUIRED, Steps, Unit, rule
 )
 def dare_linear(unit: Unit[DareOptions]) -> Steps:
     sparse = yield from rescaled(unit)
-    return onto_base(sparse, total)
+    return onto_base(sparse, total, sparse_before(unit))

@@ -12,7 +12,7 @@ see `dare_linear`.
 from __future__ import annotations
 
 from regraft.merge.consensus import elected, onto_base
-from regraft.merge.dare import DARE, DareOptions, rescaled
+from regraft.merge.dare import DARE, DareOptions, rescaled, sparse_before
 from regraft.merge.rule import REQUIRED, Steps, Unit, rule
 
 
@@ -26,4 +26,4 @@ from regraft.merge.rule import REQUIRED, Steps, Unit, rule
 )
 def dare_ties(unit: Unit[DareOptions]) -> Steps:
     sparse = yield from rescaled(unit)
-    return onto_base(sparse, elected)
+    return onto_base(sparse, elected, sparse_before(unit))

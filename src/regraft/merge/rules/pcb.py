@@ -27,7 +27,7 @@ from torch import Tensor
 
 from regraft.merge.kernels import added, array, changed, fused, numbers
 from regraft.merge.rule import Chunk, PerModel, Steps, Unit, rule
-from regraft.merge.statistics import MinMax, OrderStatistic, Statistic, Sum
+from regraft.merge.statistics import MinMax, OrderStatistic, Statistic, Sum, task_vectors
 from regraft.methods import Options, Paper
 
 
@@ -63,7 +63,7 @@ def pcb(unit: Unit[PcbOptions]) -> Steps:
     count = unit.numel
     low_rank = math.floor(count * o.clip)
     high_rank = max(low_rank, math.floor(count * (1 - o.clip) - 1))
-    (bounds,) = yield [OrderStatistic(lambda c: c.deltas, ranks=[low_rank, high_rank], absolute=True)]
+    (bounds,) = yield [OrderStatistic(task_vectors, ranks=[low_rank, high_rank], absolute=True)]
     low, high = bounds[:, :1], bounds[:, 1:]
     idle = (high == 0).squeeze(1)
     for i in idle.nonzero().flatten().tolist():

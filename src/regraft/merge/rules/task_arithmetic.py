@@ -15,7 +15,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.consensus import TaskVectorOptions, changed, onto_base, total
+from regraft.merge.consensus import Sparse, TaskVectorOptions, changed, onto_base, total
 from regraft.merge.kernels import weighted_sum
 from regraft.merge.rule import REQUIRED, Chunk, Combine, Copy, Unit, rule
 from regraft.methods import Paper
@@ -47,7 +47,7 @@ def task_arithmetic(unit: Unit[TaskArithmeticOptions]) -> Combine | Copy:
     factors = [o.lambda_ * w for w in o.weight]
     whole = next((i for i, f in enumerate(factors) if f == 1), None)
     if o.normalize or whole is None:
-        return onto_base(lambda c: c.deltas, total)
+        return onto_base(Sparse(unit.n), total)
     others = [f if i != whole else 0.0 for i, f in enumerate(factors)]
     if not any(others):
         return Copy(whole)

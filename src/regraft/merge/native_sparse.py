@@ -1,0 +1,202 @@
+"""Task vectors from the models as they are stored to their merged sum, tile by tile: what most rules do in one pass.
+
+Nothing of the length of a chunk is written but the result; see `native` for how these loops are made, and `sparsify`
+and `consensus` for the same in torch. `raw` holds the models and, last, the base: (n + 1, L), bfloat16 as uint16 or
+float32. An entry of a task vector is kept if its magnitude is in [low[i], high[i]] and its draw below kept[i] of 2**32,
+and multiplied by factors[i].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from regraft.merge.native import TILE, count_low, kernel, mix
+
+_ALL = np.uint64(1 << 32)
+
+
+@kernel
+def _load(raw, values, bits):
+    """values = raw in float32; `bits` is the memory of `values`."""
+    if raw.itemsize == 2:
+        for k in range(raw.shape[0]):
+            bits[k] = np.uint32(raw[k]) << np.uint32(16)
+    else:
+        for k in range(raw.shape[0]):
+            values[k] = raw[k]
+
+
+@kernel
+def _difference(raw, base, values, bits):
+    """values = raw - base; the number of entries that are 0."""
+    _load(raw, values, bits)
+    zeros = np.int32(0)
+    for k in range(raw.shape[0]):
+        values[k] -= base[k]
+        zeros = np.int32(zeros + np.int32(values[k] == 0))
+    return zeros
+
+
+@kernel
+def _select(values, low, high):
+    """Entries outside [low, high] become 0; a NaN stays."""
+    zero = np.float32(0)
+    for k in range(values.shape[0]):
+        size = abs(values[k])
+        values[k] = zero if (size < low) | (size > high) else values[k]
+
+
+@kernel
+def _draw(values, key, second_key, start, kept, words, lanes, one):
+    """Entries whose draw is not below `kept` become 0; see `native.keep_drawn`. `start` is a multiple of 4."""
+    zero = np.float32(0)
+    size = values.shape[0]
+    bound, rest = np.uint16(kept >> np.uint64(16)), np.uint64(kept & np.uint64(0xFFFF))
+    mix(key, start // 4, words[: (size + 3) // 4])
+    equal = np.int32(0)
+    for k in range(size):
+        equal = np.int32(equal + np.int32(lanes[k] == bound))
+    if equal:
+        for k in range(size):
+            if lanes[k] == bound:
+                mix(second_key, (start + k) // 4, one)
+                if (one[0] >> np.uint64(16 * ((start + k) % 4))) & np.uint64(0xFFFF) >= rest:
+                    values[k] = zero
+    for k in range(size):
+        values[k] = values[k] if lanes[k] <= bound else zero
+
+
+@kernel
+def _sparse(raw, base, values, bits, low, high, first_key, second_key, kept, start, factor, words, lanes, one):
+    """One model's tile of the sparse task vector; the number of zeros in the full one."""
+    zeros = _difference(raw, base, values, bits)
+    if low > 0 or high < np.inf:
+        _select(values, low, high)
+    if kept < _ALL:
+        _draw(values, first_key, second_key, start, kept, words, lanes, one)
+    if factor != 1:
+        for k in range(values.shape[0]):
+            values[k] *= factor
+    return zeros
+
+
+@kernel
+def merge(raw, start, low, high, keys, kept, factors, weights, elect, normalize, scale, zeros, out):
+    """out = base + scale · (sum, or elected sum or mean, of the weighted sparse task vectors), float32.
+
+    `keys` is (n, 2); zeros[i] += entries of model i that equal the base's.
+    """
+    n, length = raw.shape[0] - 1, raw.shape[1]
+    zero, one = np.float32(0), np.float32(1)
+    values, base = np.empty((n, TILE), np.float32), np.empty(TILE, np.float32)
+    bits, base_bits = values.view(np.uint32), base.view(np.uint32)
+    total, sign, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    words, word = np.empty(TILE // 4, np.uint64), np.empty(1, np.uint64)
+    lanes = words.view(np.uint16)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        end = begin + size
+        _load(raw[n, begin:end], base[:size], base_bits[:size])
+        total[:] = zero
+        for i in range(n):
+            row = values[i, :size]
+            zeros[i] += _sparse(
+                raw[i, begin:end], base[:size], row, bits[i, :size], low[i], high[i], keys[i, 0], keys[i, 1], kept[i],
+                start + begin, factors[i], words, lanes, word,
+            )  # fmt: skip
+            weight = weights[i]
+            if weight != 0:
+                for k in range(size):
+                    total[k] += row[k] * weight
+        if elect:
+            for k in range(size):
+                sign[k] = one if total[k] >= zero else -one
+                total[k] = zero
+                divisor[k] = zero
+            for i in range(n):
+                row, weight = values[i, :size], weights[i]
+                for k in range(size):
+                    value = row[k] * weight * sign[k]
+                    total[k] += zero if value < zero else value
+                    divisor[k] += weight if value > zero else zero
+            for k in range(size):
+                divided = divisor[k] if normalize and divisor[k] != zero else one
+                total[k] = total[k] * sign[k] / divided
+        target = out[begin:end]
+        for k in range(size):
+            step = total[k] * scale
+            target[k] = base[k] + step if step != zero else base[k]
+
+
+@kernel
+def norms(raw, start, low, high, keys, kept, factors, block, before, after):
+    """before[i, b], after[i, b] = Σ |δ| over block b, of the full and of the sparse task vector, float64."""
+    n, length = raw.shape[0] - 1, raw.shape[1]
+    values, base = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    bits, base_bits = values.view(np.uint32), base.view(np.uint32)
+    words, word = np.empty(TILE // 4, np.uint64), np.empty(1, np.uint64)
+    lanes = words.view(np.uint16)
+    before[:] = 0
+    after[:] = 0
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        end, b = begin + size, begin // block
+        _load(raw[n, begin:end], base[:size], base_bits[:size])
+        for i in range(n):
+            row = values[:size]
+            _difference(raw[i, begin:end], base[:size], row, bits[:size])
+            before[i, b] += _magnitude(row)
+            if low[i] > 0 or high[i] < np.inf:
+                _select(row, low[i], high[i])
+            if kept[i] < _ALL:
+                _draw(row, keys[i, 0], keys[i, 1], start + begin, kept[i], words, lanes, word)
+            after[i, b] += _magnitude(row) * abs(factors[i])
+
+
+@kernel
+def _magnitude(values):
+    """Σ |values| in float64, in eight interleaved sums."""
+    sums = np.zeros(8, np.float64)
+    whole = values.shape[0] // 8 * 8
+    for k in range(0, whole, 8):
+        for j in range(8):
+            sums[j] += abs(values[k + j])
+    total = 0.0
+    for j in range(8):
+        total += sums[j]
+    for k in range(whole, values.shape[0]):
+        total += abs(values[k])
+    return total
+
+
+@kernel
+def tally(raw, firsts, likely, top, low):
+    """As `native.tally32` of the magnitudes of all task vectors: firsts and likely (n, r), top (n, ways, bins), low
+    (n, r, w, bins).
+
+    Neighbours are counted in tables of their own, four ways: changes of bfloat16 models take few values, and adding to
+    one counter again and again waits for it each time.
+    """
+    n, length = raw.shape[0] - 1, raw.shape[1]
+    one = np.int32(1)
+    values, base, heads = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.uint32)
+    bits, base_bits = values.view(np.uint32), base.view(np.uint32)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        end = begin + size
+        _load(raw[n, begin:end], base[:size], base_bits[:size])
+        for i in range(n):
+            _difference(raw[i, begin:end], base[:size], values[:size], bits[:size])
+            for k in range(size):
+                bits[k] |= np.uint32(0x80000000)  # the key of the magnitude: the sign goes, and the top bit is set
+                heads[k] = bits[k] >> np.uint32(16)
+            counts, fours = top[i], size // 4 * 4
+            for k in range(0, fours, 4):
+                counts[0, heads[k]] += one
+                counts[1, heads[k + 1]] += one
+                counts[2, heads[k + 2]] += one
+                counts[3, heads[k + 3]] += one
+            for k in range(fours, size):
+                counts[0, heads[k]] += one
+            for r in range(low.shape[1]):
+                count_low(bits[:size], heads[:size], firsts[i, r], likely[i, r], low[i, r])
