@@ -66,6 +66,8 @@ _KINDS: dict[str, frozenset[str]] = {
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _CARD_BYTES = 1 << 20
+_CARD_DEPTH = 50
+_CARD_EVENTS = 100_000  # ten times those of a card with the scores of a large benchmark
 # Texts only: the language "no" must not become False. The same in C, where PyYAML has it, for the cards of benchmarks.
 _LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
@@ -135,12 +137,24 @@ def front_matter(parent: Checkpoint) -> tuple[Mapping[str, Any], str]:
     if not found:
         return {}, "its card has no front matter"
     try:
+        if _too_much(found[1]):
+            return {}, "the front matter of its card is too long or nested too deeply"
         data = yaml.load(found[1], Loader=_LOADER)
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError):  # the last two: numbers of no character
         return {}, "the front matter of its card is not valid YAML"
     if not isinstance(data, dict):
         return {}, "the front matter of its card is no mapping"
     return data, ""
+
+
+def _too_much(text: str) -> bool:
+    """Whether YAML takes seconds to load, or is so deep that the loader, in C, would end the process."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=_LOADER)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _CARD_DEPTH or count > _CARD_EVENTS:
+            return True
+    return False
 
 
 def strings(value: Any) -> list[str]:

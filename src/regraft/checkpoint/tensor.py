@@ -7,6 +7,7 @@ file offers without seeking.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -96,12 +97,35 @@ def nbytes(source: TensorSource) -> int:
     return numel(source) * source.dtype.itemsize
 
 
-def read_rows(sources: Sequence[TensorSource], start: int, stop: int) -> torch.Tensor | list[torch.Tensor]:
-    """Elements `[start, stop)` of several sources: one tensor (n, L) if they have one dtype, else a row for each."""
+class Scratch(threading.local):
+    """Memory of one thread that is used again and again, where what was in it is no longer needed.
+
+    Blocks of a few megabytes of changing sizes would otherwise leave holes that add up.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def rows(self, n: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised (n, length); what was given out before is overwritten."""
+        nbytes = n * length * dtype.itemsize
+        if self._memory.numel() < nbytes:
+            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+        return self._memory[:nbytes].view(dtype).view(n, length)
+
+
+def read_rows(
+    sources: Sequence[TensorSource], start: int, stop: int, scratch: Scratch | None = None
+) -> torch.Tensor | list[torch.Tensor]:
+    """Elements `[start, stop)` of several sources: one tensor (n, L) if they have one dtype, else a row for each.
+
+    With a `scratch` the tensor is valid until its next use by this thread.
+    """
     first = sources[0].dtype
     if any(source.dtype != first for source in sources):
         return [source.read(start, stop) for source in sources]
-    rows = torch.empty((len(sources), stop - start), dtype=first)
+    n, length = len(sources), stop - start
+    rows = scratch.rows(n, length, first) if scratch is not None else torch.empty((n, length), dtype=first)
     for row, source in zip(rows, sources, strict=True):
         into = getattr(source, "read_into", None)  # files can do without a copy
         if into is not None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from regraft.checkpoint.tensor import BLOCK, TensorSource, numel
+from regraft.checkpoint.tensor import BLOCK, Scratch, TensorSource, numel
 from regraft.errors import UserError
 from regraft.merge.allocator import keep_pages
 from regraft.merge.jobs import DEFAULT_CHUNK, Job, default_chunk, default_workers, group
@@ -124,6 +124,7 @@ class _Run:
         self._notes: dict[str, dict[str, Any]] = {}
         self._warnings: dict[str, list[str]] = {}
         self._facts: dict[str, _Facts] = {}
+        self._scratch = Scratch()
         self._done = 0
         self._total = sum(job.info.numel for unit in units for job in unit)
         self._waiting = deque(unit for unit in units if not self._taken_over(unit))
@@ -146,6 +147,8 @@ class _Run:
 
     def execute(self, workers: int) -> None:
         keep_pages()
+        if self._device.type == "cpu":
+            import regraft.merge.native  # noqa: F401 - here, as a failure to load it in a worker could be a deadlock
         with _one_thread_each():
             threads = [threading.Thread(target=self._work, name=f"merge-{i}", daemon=True) for i in range(workers)]
             for thread in threads:
@@ -327,10 +330,11 @@ class _Run:
         state, job = task.state, task.job
         if state.kept is not None:
             return state.kept
-        chunk = read_chunk(job, task.start, task.stop, self._device)
+        whole = task.stop - task.start == job.info.numel
+        chunk = read_chunk(job, task.start, task.stop, self._device, None if whole else self._scratch)
         if state.first_pass:
             self._check_rows(job, chunk.rows)
-        if len(state.jobs) == 1 and task.stop - task.start == job.info.numel:
+        if len(state.jobs) == 1 and whole:
             state.kept = chunk
         return chunk
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.checkpoint.tensor import read_rows
+from regraft.checkpoint.tensor import Scratch, read_rows
 from regraft.merge.jobs import Job
 from regraft.merge.rule import Chunk, Steps, Unit
 from regraft.merge.statistics import Statistic
@@ -59,8 +59,8 @@ class Task:
     stop: int
 
 
-def read_chunk(job: Job, start: int, stop: int, device: torch.device) -> Chunk[Any]:
-    """Elements `[start, stop)` of all that a job reads, on a device."""
-    raw = read_rows(job.sources, start, stop)
+def read_chunk(job: Job, start: int, stop: int, device: torch.device, scratch: Scratch | None = None) -> Chunk[Any]:
+    """Elements `[start, stop)` of all that a job reads, on a device; with a `scratch`, until its next use."""
+    raw = read_rows(job.sources, start, stop, scratch)
     rows = raw.to(device) if isinstance(raw, Tensor) else [row.to(device) for row in raw]
     return Chunk(job.info, job.options, start, rows, job.base is not None, job.arithmetic, job.block)
