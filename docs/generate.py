@@ -6,6 +6,7 @@ the recipes on them. Nothing here is written to disk, so no page can be out of d
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import re
@@ -73,6 +74,16 @@ def rule_table(link: str) -> str:
 def families() -> str:
     """The model types whose layers are known from a table."""
     return ", ".join(f"`{name}`" for name in sorted(FAMILIES))
+
+
+def performance() -> str:
+    """What the benchmark has measured, from its files of results."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    return str(tables.pages(ROOT / "benchmarks" / "results"))
 
 
 def own_recipe(method: Method) -> str:

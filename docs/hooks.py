@@ -11,6 +11,7 @@ from mkdocs.structure.files import File
 TABLES = {
     "rules": lambda: generate.rule_table("methods/{}.md"),
     "families": generate.families,
+    "performance": generate.performance,
 }
 
 
