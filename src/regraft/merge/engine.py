@@ -21,10 +21,10 @@ from torch import Tensor
 from regraft.checkpoint.tensor import BLOCK, Scratch, TensorSource, numel
 from regraft.errors import UserError
 from regraft.merge.allocator import keep_pages
-from regraft.merge.jobs import DEFAULT_CHUNK, Job, default_chunk, default_workers, group
+from regraft.merge.jobs import Job, default_chunk, default_workers, group
 from regraft.merge.kernels import all_within, narrow
 from regraft.merge.rule import Chunk, Copy, TensorInfo, Unit
-from regraft.merge.units import Task, UnitState, read_chunk
+from regraft.merge.units import Task, UnitState, count_non_finite, read_chunk
 from regraft.methods import Options
 
 
@@ -381,17 +381,6 @@ class _Run:
                 self._store(task, wide.to(torch.promote_types(wide.dtype, torch.float32)))
                 return
         self._write(job.info.name, task.start, values)
-
-
-def count_non_finite(source: TensorSource) -> tuple[int, int]:
-    """(NaN, infinite) values in a whole tensor, read in chunks."""
-    nans = infinities = 0
-    total = numel(source)
-    for start in range(0, total, DEFAULT_CHUNK):
-        values = source.read(start, min(start + DEFAULT_CHUNK, total)).to(torch.float64)
-        nans += int(torch.isnan(values).sum())
-        infinities += int(torch.isinf(values).sum())
-    return nans, infinities
 
 
 @contextmanager

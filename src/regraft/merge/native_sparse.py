@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from regraft.merge.native import TILE, count_low, kernel, mix
+from regraft.merge.native import TILE, count_low, kernel
+from regraft.merge.native_random import mix
 
 _ALL = np.uint64(1 << 32)
 
@@ -48,7 +49,7 @@ def _select(values, low, high):
 
 @kernel
 def _draw(values, key, second_key, start, kept, words, lanes, one):
-    """Entries whose draw is not below `kept` become 0; see `native.keep_drawn`. `start` is a multiple of 4."""
+    """Entries whose draw is not below `kept` become 0; see `native_random.keep_drawn`. `start` is a multiple of 4."""
     zero = np.float32(0)
     size = values.shape[0]
     bound, rest = np.uint16(kept >> np.uint64(16)), np.uint64(kept & np.uint64(0xFFFF))

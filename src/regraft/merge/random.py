@@ -70,7 +70,7 @@ def drop(
     if kept == 2**32:
         torch.mul(values, factor, out=out)
     elif fused(values, out) and start % 4 == 0:
-        from regraft.merge.native import keep_drawn
+        from regraft.merge.native_random import keep_drawn
 
         first, second = (np.uint64(key) for key in keys(seed, model, name))
         given = array(values)
@@ -105,7 +105,7 @@ def drop_by_rank(
     """
     low, step = (density - epsilon, 2 * epsilon / (width - 1)) if width > 1 else (density, 0.0)
     if fused(values, out):
-        from regraft.merge.native import keep_ranked
+        from regraft.merge.native_random import keep_ranked
 
         first, second = (np.uint64(key) for key in keys(seed, model, name))
         magnitudes = bit_array(values.to(torch.float32).abs())

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.checkpoint.tensor import Scratch, read_rows
-from regraft.merge.jobs import Job
+from regraft.checkpoint.tensor import Scratch, TensorSource, numel, read_rows
+from regraft.merge.jobs import DEFAULT_CHUNK, Job
 from regraft.merge.rule import Chunk, Steps, Unit
 from regraft.merge.statistics import Statistic
 
@@ -64,3 +64,14 @@ def read_chunk(job: Job, start: int, stop: int, device: torch.device, scratch: S
     raw = read_rows(job.sources, start, stop, scratch)
     rows = raw.to(device) if isinstance(raw, Tensor) else [row.to(device) for row in raw]
     return Chunk(job.info, job.options, start, rows, job.base is not None, job.arithmetic, job.block)
+
+
+def count_non_finite(source: TensorSource) -> tuple[int, int]:
+    """(NaN, infinite) values in a whole tensor, read in chunks."""
+    nans = infinities = 0
+    total = numel(source)
+    for start in range(0, total, DEFAULT_CHUNK):
+        values = source.read(start, min(start + DEFAULT_CHUNK, total)).to(torch.float64)
+        nans += int(torch.isnan(values).sum())
+        infinities += int(torch.isinf(values).sum())
+    return nans, infinities

@@ -54,7 +54,10 @@ def read_sweep(sweep: Field, reader: OptionReader, n: int, given_by_models: Coll
             raise item.error("RG303", what, f"remove {name} from the models")
         column: list[tuple[str, str, Any]] = []
         labels: set[str] = set()
-        for entry in item.entries("a list of values"):
+        entries = item.entries("a list of values")
+        if len(entries) > MAX_MEMBERS:
+            raise item.error("RG303", f"the sweep has {len(entries):,} members or more", f"keep to {MAX_MEMBERS:,}")
+        for entry in entries:
             label = _label(entry)
             if len(label) > _LONGEST:
                 what = f"{name} has a value that is too long for the name of a model"
