@@ -50,7 +50,10 @@ def licensed(tmp_path: Path, *stated: str) -> list[Checkpoint]:
         ("---\nlicense: [mit\n---\n", Statement(remark="the front matter of its card is not valid YAML")),
         ("---\n!!python/object:os.system x\n---\n", Statement(remark="the front matter of its card is no mapping")),
         ("---\n- mit\n---\n", Statement(remark="the front matter of its card is no mapping")),
-        ("---\n" + "[" * 5000 + "\n---\n", Statement(remark="the front matter of its card is not valid YAML")),
+        (
+            "---\n" + "[" * 5000 + "\n---\n",
+            Statement(remark="the front matter of its card is too long or nested too deeply"),
+        ),
         ("---\nlicense: mit\ndate: 2024-99-99\n---\n", Statement(("mit",))),
         (None, Statement(remark="it has no card")),
     ],
