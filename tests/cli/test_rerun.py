@@ -92,6 +92,20 @@ def test_some_options_ask_for_the_full_check(
     assert checks == (["merge"] if "--set" in flags else [])  # a stamp for each output: that of the last command
 
 
+def test_compiled_code_beside_the_sources_changes_nothing(
+    cli: Any, recipe: Path, tmp_path: Path, checks: list[str]
+) -> None:
+    assert cli("merge", recipe, tmp_path / "out").exit_code == 0
+    compiled = Path(recipe_run.__file__).parent / "__pycache__" / "left_by_test_rerun.nbi"
+    compiled.parent.mkdir(exist_ok=True)
+    compiled.write_bytes(b"")
+    try:
+        assert cli("merge", recipe, tmp_path / "out").exit_code == 0
+    finally:
+        compiled.unlink()
+    assert checks == ["merge"]
+
+
 def test_a_change_of_the_recipe_is_seen(cli: Any, recipe: Path, tmp_path: Path) -> None:
     assert cli("merge", recipe, tmp_path / "out").exit_code == 0
     recipe.write_text(recipe.read_text().replace("0.2", "0.3"))

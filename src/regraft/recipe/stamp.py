@@ -221,7 +221,8 @@ def _software() -> dict[str, str]:
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    files = sorted(path for path in files_below(str(Path(__file__).parents[1])) if not path.endswith(".pyc"))
+    # Not what Python and numba compile and leave beside the sources, at a first run and at any later one.
+    files = sorted(path for path in files_below(str(Path(__file__).parents[1])) if "__pycache__" not in path)
     states = [(path, status.st_size, status.st_mtime_ns) for path in files for status in [Path(path).stat()]]
     return versions | {"files": _hash(str(states))}
 
