@@ -130,11 +130,14 @@ def test_another_version_of_regraft_checks_everything(case: Case, monkeypatch: p
 def test_changed_code_checks_everything(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "regraft"
     (package / "recipe").mkdir(parents=True)
-    for name in ("recipe/stamp.py", "engine.py", "engine.pyc"):
-        (package / name).write_text("")
+    (package / "__pycache__").mkdir()
+    compiled = package / "__pycache__" / "engine.cpython-311.pyc"
+    for path in (package / "recipe" / "stamp.py", package / "engine.py", compiled):
+        path.write_text("")
     monkeypatch.setattr(stamp, "__file__", str(package / "recipe" / "stamp.py"))
     case.finish()
-    (package / "engine.pyc").write_text("compiled")
+    compiled.write_text("compiled")
+    (package / "__pycache__" / "engine.loop-1.py311.nbi").write_text("compiled by numba")
     assert case.result() == RESULT
     (package / "engine.py").write_text("changed")
     assert case.result() is None
