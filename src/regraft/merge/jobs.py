@@ -49,7 +49,8 @@ class Job:
     @property
     def block(self) -> int:
         """Chunks of this tensor start at multiples of so many elements."""
-        return self.info.width if self.rule is not None and self.rule.whole_rows else BLOCK
+        span = "elements" if self.rule is None else self.rule.span(self.options)
+        return {"elements": BLOCK, "rows": self.info.width, "tensor": max(self.info.numel, 1)}[span]
 
     def chunk(self, wanted: int) -> int:
         """Elements per chunk: `wanted`, in whole blocks."""

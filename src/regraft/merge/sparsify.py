@@ -125,7 +125,7 @@ def ranked(
 ) -> Sparse:
     """Keep each entry with a probability that rises with the rank of its magnitude in its row; see `drop_by_rank`.
 
-    The rule must ask for `whole_rows`.
+    The rule must have the span "rows".
     """
 
     def sparse(c: Chunk[Any]) -> Tensor:

@@ -29,7 +29,7 @@ class DellaElectOptions(DellaOptions):
     summary="drop task-vector entries at random, small ones more often, then average what agrees in sign",
     options=DellaElectOptions,
     needs_base=True,
-    whole_rows=True,
+    span=lambda _: "rows",
     papers=[DELLA],
     mergekit_defaults={"weight": REQUIRED, "density": 1.0, "rescale": "l1"},
     mergekit_values={"rescale": {True: "l1", False: "none"}},
