@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import models
-from regraft.checkpoint import writer
+from regraft.checkpoint import open_files, writer
 from regraft.checkpoint.tensor import DTYPES
 from regraft.checkpoint.writer import ModelWriter, TensorSpec
 from regraft.errors import UserError
@@ -105,7 +105,7 @@ def test_slices_in_any_order_from_many_threads(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_OPEN_FILES", 2)
+    monkeypatch.setattr(open_files, "MOST_OPEN", 2)
     tensors = small(9, 64)
     with ModelWriter(tmp_path / "out", specs_of(tensors), shard_bytes=1) as w:
         with ThreadPoolExecutor(4) as pool:

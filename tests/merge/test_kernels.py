@@ -15,6 +15,7 @@ from regraft.checkpoint.tensor import BLOCK
 from regraft.merge import kernels, random, selection
 from regraft.merge.rule import Chunk, TensorInfo
 from regraft.merge.selection import OrderStatistic
+from regraft.merge.statistics import Gram, models, task_vectors
 from regraft.methods import Options
 
 DTYPES = [torch.float32, torch.float64]
@@ -85,6 +86,42 @@ def test_sums_over_blocks_agree_with_torch(dtype: torch.dtype, monkeypatch: pyte
     assert counts == (kernels.sign_conflicts(x), kernels.count_zeros(x).tolist())
     up, down = (x > 0).any(0), (x < 0).any(0)
     assert counts[0] == (int((up | down).sum()), int((up & down).sum()))
+
+
+def chunk_of(rows: torch.Tensor, has_base: bool, start: int = 0) -> Chunk[Any]:
+    return Chunk(TensorInfo("x", (LENGTH,)), Options(), start, rows, has_base, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("anchor", [0, 1, 3])
+def test_mixtures_of_models_as_they_are_stored(
+    dtype: torch.dtype, anchor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = rows(torch.float32).to(dtype)
+    found = kernels.mixture(chunk_of(raw, False), WEIGHTS, anchor)
+    monkeypatch.setattr(kernels, "stored", lambda chunk: None)
+    assert same_bits(found, kernels.mixture(chunk_of(raw, False), WEIGHTS, anchor))
+    x = raw.double()
+    expected = x[anchor] + sum(w * (row - x[anchor]) for w, row in zip(WEIGHTS, x, strict=True) if w)
+    finite = expected.isfinite()
+    assert torch.allclose(found[finite].double(), expected[finite], rtol=1e-5, atol=1e-9)
+    assert bool((found.isfinite() == finite).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("f", [models, task_vectors])
+def test_inner_products_of_models_as_they_are_stored(dtype: torch.dtype, f: Any) -> None:
+    raw = rows(torch.float32, special=False).to(dtype)
+    has_base = f is task_vectors
+    whole, cut = Gram(f), Gram(f)
+    for statistic, step in ((whole, LENGTH), (cut, 2 * BLOCK)):
+        statistic.begin(LENGTH)
+        for start in range(0, LENGTH, step):
+            statistic.observe(chunk_of(raw[:, start : start + step].contiguous(), has_base, start))
+        assert statistic.finish()
+    assert torch.equal(whole.result, cut.result)
+    values = raw[:-1].float() - raw[-1].float() if has_base else raw
+    assert torch.allclose(whole.result, values.double() @ values.double().T, rtol=1e-11)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn])

@@ -3,7 +3,7 @@
 A shard's header is a function of names, shapes and dtypes only, so it can be written first and every slice of every
 tensor has its final offset from the start. Within a shard wide dtypes come first (each tensor is then aligned to its
 own item size, as the format asks) and otherwise the order given is kept; shards are filled in the order given.
-The header is padded with spaces so that the data begin at a multiple of 8 bytes.
+The header is padded with spaces so that the data begin at a multiple of 8 bytes, in large files of a disk's block.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from regraft.checkpoint.open_files import ALIGNMENT, WORTHWHILE
 from regraft.checkpoint.tensor import DTYPE_NAMES
 
 SHARD_BYTES = 5 * 10**9
@@ -122,6 +123,7 @@ def _shard(file: str, specs: Sequence[TensorSpec]) -> Shard:
             "data_offsets": [begins[spec.name], end],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    alignment = ALIGNMENT if end >= WORTHWHILE else 8
+    text += b" " * (-(8 + len(text)) % alignment)
     header = len(text).to_bytes(8, "little") + text
     return Shard(file, header, {name: len(header) + begin for name, begin in begins.items()}, len(header) + end)

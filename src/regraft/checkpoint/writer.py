@@ -1,8 +1,8 @@
 """Writing a model's weights: slices at their final offsets, in any order, from any number of threads.
 
 Headers are written and disk space is reserved before the first slice (see `shards`), the whole appears under its
-final name by one rename (see `output`), and only if every element was written. Nothing is buffered: a slice goes from
-the caller's tensor to its place in the file, so writing costs no memory beside the slice itself.
+final name by one rename (see `output`), and only if every element was written. A slice goes from the caller's tensor to
+its place in the file, past the page cache if the file is large (see `open_files`), so writing costs next to no memory.
 
 A writer that is told what the values depend on keeps a journal of finished tensors (see `journal`). The same run then
 goes on after a kill, and after whatever is not the fault of its input: Ctrl-C, a read that failed, a source that was
@@ -16,9 +16,8 @@ import errno
 import os
 import threading
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from stat import S_ISREG
 from types import TracebackType
@@ -29,6 +28,7 @@ import torch
 from regraft.checkpoint.flush import Flusher
 from regraft.checkpoint.journal import FILE_NAME as JOURNAL
 from regraft.checkpoint.journal import Journal, boot_id
+from regraft.checkpoint.open_files import OpenFiles
 from regraft.checkpoint.output import DISK_FULL, OutputFolder, explained, remove
 from regraft.checkpoint.shards import (
     INDEX_NAME,
@@ -45,7 +45,6 @@ from regraft.errors import UserError
 __all__ = ["ModelWriter", "TensorSpec", "size_on_disk"]
 
 _NO_ALLOCATE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-_OPEN_FILES = 64
 
 
 class ModelWriter:
@@ -93,7 +92,7 @@ class ModelWriter:
         self._place = {name: (self.staging / s.file, at) for s in self._shards for name, at in s.offsets.items()}
         self._written = {name: _Ranges() for name in self._specs}
         self._mutex = threading.Lock()
-        self._files = _Files()
+        self._files = OpenFiles({self.staging / s.file: s.size for s in self._shards})
         self._flusher = Flusher()
         self._depends_on = depends_on
         self._journal: Journal | None = None
@@ -191,10 +190,7 @@ class ModelWriter:
         data = memoryview(values.detach().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
         at = offset + start * spec.dtype.itemsize
         try:
-            with self._files.descriptor(path) as descriptor:
-                while data:
-                    done = os.pwrite(descriptor, data, at)
-                    data, at = data[done:], at + done
+            self._files.write(path, data, at)
         except OSError as error:
             raise self._failed(error) from error
         with self._mutex:
@@ -303,43 +299,6 @@ class _Ranges:
     @property
     def count(self) -> int:
         return sum(self._stops) - sum(self._starts)
-
-
-class _Files:
-    """A bounded number of open files, each used by any number of threads at once."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, list[int]] = OrderedDict()  # path -> [descriptor, users]
-        self._changed = threading.Condition()
-        self._closed = False
-
-    @contextmanager
-    def descriptor(self, path: Path) -> Iterator[int]:
-        with self._changed:
-            if self._closed:
-                raise RuntimeError("the writer is closed")
-            entry = self._open.get(path)
-            if entry is None:
-                idle = next((p for p, (_, users) in self._open.items() if users == 0), None)
-                if len(self._open) >= _OPEN_FILES and idle is not None:
-                    os.close(self._open.pop(idle)[0])
-                entry = self._open[path] = [os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW), 0]
-            self._open.move_to_end(path)
-            entry[1] += 1
-        try:
-            yield entry[0]
-        finally:
-            with self._changed:
-                entry[1] -= 1
-                self._changed.notify_all()
-
-    def close(self) -> None:
-        """Refuse new users, wait for those there are, then close: no write can hit a reused descriptor."""
-        with self._changed:
-            self._closed = True
-            self._changed.wait_for(lambda: all(users == 0 for _, users in self._open.values()))
-            while self._open:
-                os.close(self._open.popitem()[1][0])
 
 
 def _allocate(path: Path, header: bytes, size: int) -> None:

@@ -21,7 +21,7 @@ from regraft.merge.rule import Chunk, TensorInfo
 
 # Of a larger tensor every k-th block is measured, so that about this many elements are: enough for a cosine to within
 # 0.002, for a fraction of what merging costs.
-_ENOUGH = 1 << 20
+_ENOUGH = 1 << 18
 
 
 @dataclass
@@ -95,7 +95,7 @@ class TaskVectorStatistics:
         if not chunk.has_base or chunk.n != self.n:
             return
         measured = _every_kth_block(chunk)
-        if not measured.length:
+        if measured is None:
             return
         deltas = measured.deltas
         gram = block_grams(torch.cat([deltas, measured.base.unsqueeze(0)])).sum(0)
@@ -168,15 +168,17 @@ def _independence(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> s
     return f"task vectors are {kind}: the largest cosine is {cosine:.3g} ({names[j]}, {names[i]})"
 
 
-def _every_kth_block(chunk: Chunk[Any]) -> Chunk[Any]:
-    """The blocks that are measured, as a chunk: always the same ones, however the tensor is cut."""
+def _every_kth_block(chunk: Chunk[Any]) -> Chunk[Any] | None:
+    """The blocks that are measured, as a chunk: always the same ones, however the tensor is cut. None if none are."""
     stride = -(-chunk.info.numel // _ENOUGH)
     if stride == 1:
-        return chunk
+        return chunk if chunk.length else None
     first = chunk.start // BLOCK
     starts = [b * BLOCK for b in range(-(-chunk.length // BLOCK)) if (first + b) % stride == 0]
+    if not starts:
+        return None
     # Cut from what was read, before anything is computed of it.
-    rows = [torch.cat([row[at : at + BLOCK] for at in starts] or [row[:0]]) for row in chunk.rows]
+    rows = [torch.cat([row[at : at + BLOCK] for at in starts]) for row in chunk.rows]
     if isinstance(chunk.rows, Tensor):
         return Chunk(chunk.info, chunk.options, 0, torch.stack(rows), chunk.has_base, chunk.dtype)
     return Chunk(chunk.info, chunk.options, 0, rows, chunk.has_base, chunk.dtype)

@@ -56,12 +56,12 @@ def numbers(values: Sequence[float], like: Tensor | torch.dtype) -> Any:
 
 
 def stored(chunk: Chunk[Any]) -> Any | None:
-    """Models and base (n + 1, L) as they are stored, for the loops in `native_sparse`: bfloat16 as uint16, or float32.
+    """Models, and the base if there is one, as they are stored, (n or n + 1, L): bfloat16 as uint16, or float32.
 
-    None if they are stored otherwise, or elsewhere, or there is no base.
+    For the loops in `native_sparse`. None if they are stored otherwise, or elsewhere.
     """
     rows = chunk.rows
-    if not isinstance(rows, Tensor) or not rows.is_cpu or not chunk.has_base or chunk.dtype != torch.float32:
+    if not isinstance(rows, Tensor) or not rows.is_cpu or chunk.dtype != torch.float32:
         return None
     if rows.dtype == torch.bfloat16:
         return bit_array(rows)
@@ -169,6 +169,22 @@ def weighted_distance(rows: Tensor, first: Tensor, weights: Sequence[float]) -> 
     return added([torch.zeros_like(first), *((row - first) * w for row, w in zip(rows, weights, strict=True) if w)])
 
 
+def mixture(chunk: Chunk[Any], weights: Sequence[float], anchor: int) -> Tensor:
+    """The anchor + Σ wᵢ · (models[i] - anchor), (L,), with the model of that number as the anchor.
+
+    Equal to the weighted sum if the weights add up to one, but what is equal in all models keeps its bits.
+    """
+    raw = stored(chunk)
+    if raw is None or chunk.has_base:
+        first = chunk.models[anchor]
+        return changed(first, weighted_distance(chunk.models, first, weights))
+    from regraft.merge.native_sparse import distance
+
+    out = np.empty(chunk.length, np.float32)
+    distance(raw, numbers(weights, chunk.dtype), anchor, out)
+    return torch.from_numpy(out)
+
+
 def elect(rows: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
     """Weighted sum of the entries whose weighted sign won, (L,); their weighted mean if `normalize`."""
     if fused(rows):
@@ -264,6 +280,15 @@ def block_grams(rows: Tensor, *, block: int = BLOCK) -> Tensor:
         return torch.from_numpy(out)
     parts = [p.double() for p in rows.split(block, 1)]
     return torch.stack([p @ p.T for p in parts]).cpu()
+
+
+def stored_grams(raw: Any, n: int, *, block: int) -> Tensor:
+    """As `block_grams`, of the first n rows of what `stored` gave, less the last one if that is the n + 1st."""
+    from regraft.merge.native_sparse import grams
+
+    out = np.empty((-(-raw.shape[1] // block), n, n))
+    grams(raw, n, block, out)
+    return torch.from_numpy(out)
 
 
 def sign_conflicts(rows: Tensor) -> tuple[int, int]:

@@ -43,8 +43,8 @@ def _select(values, low, high):
     """Entries outside [low, high] become 0; a NaN stays."""
     zero = np.float32(0)
     for k in range(values.shape[0]):
-        size = abs(values[k])
-        values[k] = zero if (size < low) | (size > high) else values[k]
+        value = values[k]
+        values[k] = zero if (abs(value) < low) | (abs(value) > high) else value
 
 
 @kernel
@@ -120,9 +120,11 @@ def merge(raw, start, low, high, keys, kept, factors, weights, elect, normalize,
                     value = row[k] * weight * sign[k]
                     total[k] += zero if value < zero else value
                     divisor[k] += weight if value > zero else zero
+            if normalize:
+                for k in range(size):
+                    total[k] /= divisor[k] if divisor[k] != zero else one
             for k in range(size):
-                divided = divisor[k] if normalize and divisor[k] != zero else one
-                total[k] = total[k] * sign[k] / divided
+                total[k] *= sign[k]
         target = out[begin:end]
         for k in range(size):
             step = total[k] * scale
@@ -201,3 +203,67 @@ def tally(raw, firsts, likely, top, low):
                 counts[0, heads[k]] += one
             for r in range(low.shape[1]):
                 count_low(bits[:size], heads[:size], firsts[i, r], likely[i, r], low[i, r])
+
+
+@kernel
+def distance(raw, weights, anchor, out):
+    """out = anchor + Σ weights[i] · (raw[i] - anchor), float32; `raw` has no base, `anchor` is the number of a row.
+
+    An entry that does not change keeps its bits.
+    """
+    n, length = raw.shape
+    zero = np.float32(0)
+    first, row, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    first_bits, row_bits = first.view(np.uint32), row.view(np.uint32)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        end = begin + size
+        _load(raw[anchor, begin:end], first[:size], first_bits[:size])
+        total[:] = zero
+        for i in range(n):
+            weight = weights[i]
+            if weight != 0 and i != anchor:
+                _load(raw[i, begin:end], row[:size], row_bits[:size])
+                for k in range(size):
+                    total[k] += (row[k] - first[k]) * weight
+        target = out[begin:end]
+        for k in range(size):
+            target[k] = first[k] + total[k] if total[k] != zero else first[k]
+
+
+@kernel
+def grams(raw, n, block, out):
+    """out[b, i, j] = inner product over block b of rows i and j of the first n, less the last row if it is the n + 1st.
+
+    float64; the sums within a block are taken over tiles, and in eight interleaved parts over a tile.
+    """
+    length = raw.shape[1]
+    values, base = np.empty((n, TILE), np.float32), np.empty(TILE, np.float32)
+    bits, base_bits = values.view(np.uint32), base.view(np.uint32)
+    sums = np.empty(8, np.float64)
+    out[:] = 0
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        end, b, eights = begin + size, begin // block, size // 8 * 8
+        if raw.shape[0] > n:
+            _load(raw[n, begin:end], base[:size], base_bits[:size])
+        for i in range(n):
+            if raw.shape[0] > n:
+                _difference(raw[i, begin:end], base[:size], values[i, :size], bits[i, :size])
+            else:
+                _load(raw[i, begin:end], values[i, :size], bits[i, :size])
+            for j in range(i + 1):
+                sums[:] = 0
+                for k in range(0, eights, 8):
+                    for lane in range(8):
+                        sums[lane] += np.float64(values[i, k + lane]) * np.float64(values[j, k + lane])
+                total = 0.0
+                for lane in range(8):
+                    total += sums[lane]
+                for k in range(eights, size):
+                    total += np.float64(values[i, k]) * np.float64(values[j, k])
+                out[b, i, j] += total
+    for b in range(out.shape[0]):
+        for i in range(n):
+            for j in range(i):
+                out[b, j, i] = out[b, i, j]

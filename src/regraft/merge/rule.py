@@ -224,8 +224,8 @@ class Rule(Method, Generic[O]):
     max_models: int | None = None
     scope: Callable[[O], str] = lambda _: "tensor"  # "tensor" or "model"
     model_wide: tuple[str, ...] = ()  # options that must not vary between tensors in scope "model"
-    # What a chunk must not cut: "elements", "rows" (all axes but the first; a vector is one row) or "tensor". Rules that
-    # need whole tensors hold as many of them in memory as there are workers.
+    # What a chunk must not cut: "elements", "rows" (all axes but the first; a vector is one row) or "tensor". Rules
+    # that need whole tensors hold as many of them in memory as there are workers.
     span: Callable[[O], str] = lambda _: "elements"
     # What the same words mean in a mergekit recipe: defaults that differ (REQUIRED: no default) ...
     mergekit_defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -32,6 +32,11 @@ def task_vectors(chunk: Chunk[Any]) -> Tensor:
     return chunk.deltas
 
 
+def models(chunk: Chunk[Any]) -> Tensor:
+    """The models themselves, by a name, for the same reason."""
+    return chunk.models
+
+
 class OrderStatistic:
     """Exact order statistics of each row of `f(chunk)` over all elements of the unit.
 

@@ -67,7 +67,7 @@ class Sparse:
     def compiled(self, c: Chunk[Any]) -> tuple[Any, ...] | None:
         """The arguments that the loops in `native_sparse` have in common; None if they do not serve this chunk."""
         raw = stored(c)
-        if raw is None or self.other is not None or c.start % 4:
+        if raw is None or not c.has_base or self.other is not None or c.start % 4:
             return None
         like = c.dtype
         low, high = self.low or (0.0,) * self.n, self.high or (math.inf,) * self.n

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from regraft.checkpoint.tensor import BLOCK
-from regraft.merge.kernels import block_grams, block_sums
+from regraft.merge.kernels import block_grams, block_sums, stored, stored_grams
 from regraft.merge.rule import Chunk
-from regraft.merge.selection import OrderStatistic, task_vectors
+from regraft.merge.selection import OrderStatistic, models, task_vectors
 
-__all__ = ["Gram", "MinMax", "OrderStatistic", "RowSums", "Statistic", "Sum", "task_vectors"]
+__all__ = ["Gram", "MinMax", "OrderStatistic", "RowSums", "Statistic", "Sum", "models", "task_vectors"]
 
 
 class Statistic(Protocol):
@@ -93,7 +93,12 @@ class Gram:
         self._partials.clear()
 
     def observe(self, chunk: Chunk[Any]) -> None:
-        grams = block_grams(chunk.computed(self._f), block=chunk.block)
+        whole = self._f in (models, task_vectors) and chunk.has_base == (self._f is task_vectors)
+        raw = stored(chunk) if whole and chunk.block % BLOCK == 0 else None
+        if raw is None:
+            grams = block_grams(chunk.computed(self._f), block=chunk.block)
+        else:
+            grams = stored_grams(raw, chunk.n, block=chunk.block)
         with self._lock:
             self._partials.append(grams)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.kernels import changed, weighted_distance, weighted_sum
+from regraft.merge.kernels import mixture, weighted_sum
 from regraft.merge.rule import REQUIRED, Chunk, Combine, Copy, PerModel, Unit, rule
 from regraft.methods import Options, Paper
 
@@ -58,7 +58,6 @@ def linear(unit: Unit[LinearOptions]) -> Combine | Copy:
     def combine(c: Chunk[LinearOptions]) -> Tensor:
         if not anchored:
             return weighted_sum(c.models, share)
-        first = c.models[active[0]]
-        return changed(first, weighted_distance(c.models, first, share))
+        return mixture(c, share, active[0])
 
     return combine

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from regraft.merge.consensus import added, changed
 from regraft.merge.rule import Chunk, Steps, Unit, rule
-from regraft.merge.statistics import Gram, RowSums
+from regraft.merge.statistics import Gram, RowSums, task_vectors
 from regraft.methods import Options, Paper
 
 
@@ -48,7 +48,7 @@ def model_stock(unit: Unit[ModelStockOptions]) -> Steps:
         products = {pair: sums[k] for k, pair in enumerate(pairs)}
     else:
         width = max(unit.numel, 1)
-        (gram,) = yield [Gram(lambda c: c.deltas)]
+        (gram,) = yield [Gram(task_vectors)]
         products = {(i, j): gram[i, j].view(1) for i, j in pairs}
     norms = [products[i, i].sqrt() for i in range(n)]
     cosines = [(products[i, j] / (norms[i] * norms[j]).clamp(min=1e-6)).clamp(-1, 1) for i, j in pairs if i != j]

@@ -19,11 +19,10 @@ from __future__ import annotations
 import math
 
 from pydantic import Field
-from torch import Tensor
 
-from regraft.merge.consensus import changed
-from regraft.merge.rule import REQUIRED, Chunk, Copy, Steps, Unit, rule
-from regraft.merge.statistics import Gram
+from regraft.merge.kernels import mixture, weighted_sum
+from regraft.merge.rule import REQUIRED, Copy, Steps, Unit, rule
+from regraft.merge.statistics import Gram, models
 from regraft.methods import Options, Paper
 
 THRESHOLD = 0.9995
@@ -61,7 +60,7 @@ def slerp(unit: Unit[SlerpOptions]) -> Steps:
         return Copy(1)
     if not 0 < t < 1:
         unit.warn(f"slerp extrapolates: t is {t}, outside [0, 1]")
-    (gram,) = yield [Gram(lambda c: c.models)]
+    (gram,) = yield [Gram(models)]
     norms = [math.sqrt(gram[i, i]) for i in (0, 1)]
     cosine = float(gram[0, 1])
     for norm in norms:
@@ -72,11 +71,7 @@ def slerp(unit: Unit[SlerpOptions]) -> Steps:
     if linear:
         if cosine < 0:
             unit.warn(f"{unit.name} points in opposite directions in the two models, so that they cancel out")
-        return lambda c: changed(c.models[0], t * (c.models[1] - c.models[0]))
+        return lambda c: mixture(c, (1 - t, t), 0)
     angle = math.acos(max(-1.0, min(1.0, cosine)))
     first, second = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
-
-    def combine(c: Chunk[SlerpOptions]) -> Tensor:
-        return first * c.models[0] + second * c.models[1]
-
-    return combine
+    return lambda c: weighted_sum(c.models, (first, second))
