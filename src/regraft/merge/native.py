@@ -9,11 +9,28 @@ are in the order of its magnitude.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
 import numpy as np
 from numba import njit
 
 # Elements per tile: a few rows of it stay in the first-level cache.
 TILE = 1024
+
+
+def _forget_stale() -> None:
+    """Remove compiled loops that are older than any of these files: numba looks only at the file that a loop is in, and
+    not at those from which loops were inlined into it."""
+    here = Path(__file__).parent
+    newest = max(file.stat().st_mtime_ns for file in here.glob("native*.py"))
+    for index in here.glob("__pycache__/native*.nbi"):
+        if index.stat().st_mtime_ns < newest:
+            index.unlink(missing_ok=True)
+
+
+with suppress(OSError):  # a folder that cannot be written is not where numba keeps them; or another process was quicker
+    _forget_stale()
 
 # Division by zero gives infinity or NaN, as in torch: the check that Python makes would keep loops scalar.
 kernel = njit(nogil=True, cache=True, error_model="numpy")

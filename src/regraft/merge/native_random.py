@@ -10,6 +10,11 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 
+_DIGIT = 1 << 11  # values of a digit when a row is sorted
+_BUCKET_BITS = np.uint32(19)  # of a magnitude's 31 bits the upper 12 choose its bucket
+_BUCKETS = 1 << 12
+_SORT_ABOVE = 32  # open cases of a row, beside one in 64, from which on sorting is quicker
+
 
 @kernel
 def mix(key, first, words):
@@ -53,7 +58,7 @@ def keep_drawn(row, key, second_key, start, kept, factor, out):
 def ranks(keys, order, spare, counts, out):
     """out = rank of each 31-bit key among all, from 0; equal keys by their place. A radix sort of three digits.
 
-    `order` and `spare` are int32 of the length of `keys`, `counts` has 2048 entries; they are overwritten.
+    `order` and `spare` are int32 of at least the length of `keys`, `counts` has 2048 entries; they are overwritten.
     """
     length = keys.shape[0]
     for k in range(length):
@@ -62,7 +67,7 @@ def ranks(keys, order, spare, counts, out):
         shift = np.uint32(11 * digit)
         counts[:] = 0
         for k in range(length):
-            counts[(keys[k] >> shift) & np.uint32(0x7FF)] += np.int32(1)
+            counts[(keys[k] >> shift) & np.uint32(_DIGIT - 1)] += np.int32(1)
         before = np.int32(0)
         for d in range(counts.shape[0]):
             here = counts[d]
@@ -70,7 +75,7 @@ def ranks(keys, order, spare, counts, out):
             before += here
         for k in range(length):
             element = order[k]
-            d = (keys[element] >> shift) & np.uint32(0x7FF)
+            d = (keys[element] >> shift) & np.uint32(_DIGIT - 1)
             spare[counts[d]] = element
             counts[d] += np.int32(1)
         order, spare = spare, order
@@ -79,26 +84,112 @@ def ranks(keys, order, spare, counts, out):
 
 
 @kernel
-def keep_ranked(values, bits, width, first_key, second_key, start, low, step, divide, out):
-    """Row by row of `width`: out = the value where its draw is below low + step · rank, else 0; ranks are those of the
-    magnitudes within the row, given by `bits`. What is kept is divided by its probability if `divide`.
+def rank_memory(width):
+    """What `drop_ranked` needs for rows of that width, to be used again and again."""
+    return (
+        np.empty((4, width), np.int32),
+        np.empty((3, _BUCKETS), np.int32),
+        np.empty((2, width // 4 + 2), np.uint64),
+        np.empty(width, np.uint32),
+    )
+
+
+@kernel
+def drop_ranked(values, bits, first_key, second_key, start, low, step, divide, memory, out):
+    """One row: out = the value where its draw is below low + step · rank, else 0, with the rank of its magnitude.
+
+    `bits` are the values in float32, of which the rank is taken; equal ones are ranked by their place. What is kept is
+    divided by its probability if `divide`. `out` may be `values`.
+
+    A histogram by exponent and four bits of the mantissa gives each rank to within a bucket, which decides all but
+    about one in a hundred; for these the smaller ones are counted, or the row is sorted if they are many.
     """
     zero = values.dtype.type(0)
-    order, spare, rank = np.empty(width, np.int32), np.empty(width, np.int32), np.empty(width, np.int32)
-    counts, keys = np.empty(2048, np.int32), np.empty(width, np.uint32)
-    upper, lower = np.empty(width // 4 + 2, np.uint64), np.empty(width // 4 + 2, np.uint64)
-    high, rest = upper.view(np.uint16), lower.view(np.uint16)
-    for begin in range(0, values.shape[0], width):
-        row, target, magnitude = values[begin : begin + width], out[begin : begin + width], bits[begin : begin + width]
-        for k in range(width):
-            keys[k] = np.uint32(magnitude[k])
-        ranks(keys, order, spare, counts, rank)
-        at = start + begin
-        mix(first_key, at // 4, upper)
-        mix(second_key, at // 4, lower)
-        lane = at % 4
-        for k in range(width):
+    length = values.shape[0]
+    places, tables, draws, keys = memory
+    order, spare, rank, open_ones = places[0], places[1], places[2], places[3]
+    counts, keeps, drops = tables[0], tables[1], tables[2]
+    high, rest = draws[0].view(np.uint16), draws[1].view(np.uint16)
+    lane = start % 4
+    mix(first_key, start // 4, draws[0, : (lane + length + 3) // 4])
+    mix(second_key, start // 4, draws[1, : (lane + length + 3) // 4])
+    for k in range(length):
+        keys[k] = bits[k] & np.uint32(0x7FFFFFFF)
+    undecided = 0
+    if not divide:
+        undecided = _decide(keys[:length], high[lane : lane + length], low, step, counts, keeps, drops, open_ones, rank)
+    if divide or undecided > _SORT_ABOVE + length // 64:
+        ranks(keys[:length], order, spare, counts[:_DIGIT], rank)
+        for k in range(length):
             draw = np.float64(high[lane + k]) * 65536.0 + np.float64(rest[lane + k])
             chance = low + step * np.float64(rank[k])
-            value = row[k] / row.dtype.type(chance) if divide else row[k]
-            target[k] = value if draw < chance * 4294967296.0 else zero
+            value = values[k] / values.dtype.type(chance) if divide else values[k]
+            out[k] = value if draw < chance * 4294967296.0 else zero
+        return
+    for i in range(undecided):
+        at = open_ones[i]
+        key = keys[at]
+        smaller = np.int32(0)
+        for k in range(at):
+            smaller = np.int32(smaller + np.int32(keys[k] <= key))
+        for k in range(at + 1, length):
+            smaller = np.int32(smaller + np.int32(keys[k] < key))
+        draw = np.float64(high[lane + at]) * 65536.0 + np.float64(rest[lane + at])
+        rank[at] = np.int32(draw < (low + step * np.float64(smaller)) * 4294967296.0)
+    for k in range(length):
+        out[k] = values[k] if rank[k] else zero
+
+
+@kernel
+def _decide(keys, high, low, step, counts, keeps, drops, open_ones, kept):
+    """kept = 1 where the upper half of the draw decides for it whatever the rank within the bucket, else 0; the number
+    of `open_ones` for which it does not decide. Zeros are not kept, which is all the same.
+    """
+    length = keys.shape[0]
+    least, most = np.uint32(0xFFFFFFFF), np.uint32(0)
+    for k in range(length):
+        key = keys[k]
+        most = key if key > most else most
+        key = key - np.uint32(1)  # a zero becomes the largest
+        least = key if key < least else least
+    first, last = np.int32((least + np.uint32(1)) >> _BUCKET_BITS), np.int32(most >> _BUCKET_BITS)
+    if most == 0:
+        kept[:length] = 0
+        return 0
+    counts[first : last + 1] = 0
+    zeros = np.int32(0)
+    for k in range(length):
+        if keys[k] == 0:
+            zeros += np.int32(1)
+        else:
+            counts[keys[k] >> _BUCKET_BITS] += np.int32(1)
+    before = zeros
+    for b in range(first, last + 1):
+        here = counts[b]
+        surely = (low + step * np.float64(before)) * 65536.0
+        hardly = (low + step * np.float64(before + here - 1)) * 65536.0
+        keeps[b] = np.int32(np.floor(surely - 1e-6))  # an upper half below this is below the bound
+        drops[b] = np.int32(np.ceil(hardly + 1e-6))  # one from this on is not
+        before += here
+    undecided = 0
+    for k in range(length):
+        bucket = keys[k] >> _BUCKET_BITS
+        upper = np.int32(high[k])
+        nonzero = keys[k] != 0
+        kept[k] = np.int32(nonzero & (upper < keeps[bucket]))
+        if nonzero & (upper >= keeps[bucket]) & (upper < drops[bucket]):
+            open_ones[undecided] = k
+            undecided += 1
+    return undecided
+
+
+@kernel
+def keep_ranked(values, bits, width, first_key, second_key, start, low, step, divide, out):
+    """`drop_ranked` for rows of `width`, one after another."""
+    memory = rank_memory(width)
+    for begin in range(0, values.shape[0], width):
+        end = begin + width
+        drop_ranked(
+            values[begin:end], bits[begin:end], first_key, second_key, start + begin, low, step, divide, memory,
+            out[begin:end],
+        )  # fmt: skip

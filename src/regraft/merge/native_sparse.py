@@ -3,7 +3,8 @@
 Nothing of the length of a chunk is written but the result; see `native` for how these loops are made, and `sparsify`
 and `consensus` for the same in torch. `raw` holds the models and, last, the base: (n + 1, L), bfloat16 as uint16 or
 float32. An entry of a task vector is kept if its magnitude is in [low[i], high[i]] and its draw below kept[i] of 2**32,
-and multiplied by factors[i].
+and multiplied by factors[i]. Where chances[i, 0] is below 1 the draw has to be below chances[i, 0] + chances[i, 1] ·
+rank of the magnitude within its row; a tile is a row then.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from regraft.merge.native import TILE, count_low, kernel
-from regraft.merge.native_random import mix
+from regraft.merge.native_random import drop_ranked, mix, rank_memory
 
 _ALL = np.uint64(1 << 32)
 
@@ -68,13 +69,19 @@ def _draw(values, key, second_key, start, kept, words, lanes, one):
 
 
 @kernel
-def _sparse(raw, base, values, bits, low, high, first_key, second_key, kept, start, factor, words, lanes, one):
-    """One model's tile of the sparse task vector; the number of zeros in the full one."""
+def _sparse(raw, base, values, bits, i, start, chosen, words, memory):
+    """Model i's tile of the sparse task vector; the number of zeros in the full one."""
+    low, high, keys, kept, factors, chances, divide = chosen
     zeros = _difference(raw, base, values, bits)
-    if low > 0 or high < np.inf:
-        _select(values, low, high)
-    if kept < _ALL:
-        _draw(values, first_key, second_key, start, kept, words, lanes, one)
+    if low[i] > 0 or high[i] < np.inf:
+        _select(values, low[i], high[i])
+    if kept[i] < _ALL:
+        _draw(values, keys[i, 0], keys[i, 1], start, kept[i], words[0], words[0].view(np.uint16), words[1])
+    if chances[i, 0] < 1:
+        drop_ranked(
+            values, bits, keys[i, 0], keys[i, 1], start, chances[i, 0], chances[i, 1], divide, memory, values
+        )  # fmt: skip
+    factor = factors[i]
     if factor != 1:
         for k in range(values.shape[0]):
             values[k] *= factor
@@ -82,29 +89,28 @@ def _sparse(raw, base, values, bits, low, high, first_key, second_key, kept, sta
 
 
 @kernel
-def merge(raw, start, low, high, keys, kept, factors, weights, elect, normalize, scale, zeros, out):
+def merge(raw, start, tile, chosen, weights, elect, normalize, scale, zeros, out):
     """out = base + scale · (sum, or elected sum or mean, of the weighted sparse task vectors), float32.
 
-    `keys` is (n, 2); zeros[i] += entries of model i that equal the base's.
+    `chosen` is (low, high, keys, kept, factors, chances, divide), the first six with a row for each model;
+    zeros[i] += entries of model i that equal the base's.
     """
     n, length = raw.shape[0] - 1, raw.shape[1]
     zero, one = np.float32(0), np.float32(1)
-    values, base = np.empty((n, TILE), np.float32), np.empty(TILE, np.float32)
+    values, base = np.empty((n, tile), np.float32), np.empty(tile, np.float32)
     bits, base_bits = values.view(np.uint32), base.view(np.uint32)
-    total, sign, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    words, word = np.empty(TILE // 4, np.uint64), np.empty(1, np.uint64)
-    lanes = words.view(np.uint16)
-    for begin in range(0, length, TILE):
-        size = min(TILE, length - begin)
+    total, sign, divisor = np.empty(tile, np.float32), np.empty(tile, np.float32), np.empty(tile, np.float32)
+    words, memory = (np.empty(TILE // 4, np.uint64), np.empty(1, np.uint64)), rank_memory(tile)
+    for begin in range(0, length, tile):
+        size = min(tile, length - begin)
         end = begin + size
         _load(raw[n, begin:end], base[:size], base_bits[:size])
         total[:] = zero
         for i in range(n):
             row = values[i, :size]
             zeros[i] += _sparse(
-                raw[i, begin:end], base[:size], row, bits[i, :size], low[i], high[i], keys[i, 0], keys[i, 1], kept[i],
-                start + begin, factors[i], words, lanes, word,
-            )  # fmt: skip
+                raw[i, begin:end], base[:size], row, bits[i, :size], i, start + begin, chosen, words, memory
+            )
             weight = weights[i]
             if weight != 0:
                 for k in range(size):
@@ -132,28 +138,33 @@ def merge(raw, start, low, high, keys, kept, factors, weights, elect, normalize,
 
 
 @kernel
-def norms(raw, start, low, high, keys, kept, factors, block, before, after):
+def norms(raw, start, tile, chosen, block, before, after):
     """before[i, b], after[i, b] = Σ |δ| over block b, of the full and of the sparse task vector, float64."""
     n, length = raw.shape[0] - 1, raw.shape[1]
-    values, base = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    values, base = np.empty((2, tile), np.float32), np.empty(tile, np.float32)
     bits, base_bits = values.view(np.uint32), base.view(np.uint32)
-    words, word = np.empty(TILE // 4, np.uint64), np.empty(1, np.uint64)
-    lanes = words.view(np.uint16)
+    words, memory = (np.empty(TILE // 4, np.uint64), np.empty(1, np.uint64)), rank_memory(tile)
     before[:] = 0
     after[:] = 0
-    for begin in range(0, length, TILE):
-        size = min(TILE, length - begin)
+    for begin in range(0, length, tile):
+        size = min(tile, length - begin)
         end, b = begin + size, begin // block
         _load(raw[n, begin:end], base[:size], base_bits[:size])
         for i in range(n):
-            row = values[:size]
-            _difference(raw[i, begin:end], base[:size], row, bits[:size])
-            before[i, b] += _magnitude(row)
-            if low[i] > 0 or high[i] < np.inf:
-                _select(row, low[i], high[i])
-            if kept[i] < _ALL:
-                _draw(row, keys[i, 0], keys[i, 1], start + begin, kept[i], words, lanes, word)
-            after[i, b] += _magnitude(row) * abs(factors[i])
+            _difference(raw[i, begin:end], base[:size], values[0, :size], bits[0, :size])
+            before[i, b] += _magnitude(values[0, :size])
+            _sparse(
+                raw[i, begin:end],
+                base[:size],
+                values[1, :size],
+                bits[1, :size],
+                i,
+                start + begin,
+                chosen,
+                words,
+                memory,
+            )
+            after[i, b] += _magnitude(values[1, :size])
 
 
 @kernel

@@ -103,13 +103,13 @@ def drop_by_rank(
             magnitudes in float32.
         density, epsilon: with `density - epsilon` > 0 and `density + epsilon` <= 1.
     """
-    low, step = (density - epsilon, 2 * epsilon / (width - 1)) if width > 1 else (density, 0.0)
+    low, step = chances(density, epsilon, width)
     if fused(values, out):
         from regraft.merge.native_random import keep_ranked
 
         first, second = (np.uint64(key) for key in keys(seed, model, name))
-        magnitudes = bit_array(values.to(torch.float32).abs())
-        keep_ranked(array(values), magnitudes, width, first, second, start, low, step, divide, out.numpy())
+        narrow = bit_array(values.to(torch.float32))
+        keep_ranked(array(values), narrow, width, first, second, start, low, step, divide, out.numpy())
         return
     order = values.to(torch.float32).abs().view(-1, width).argsort(dim=1, stable=True)
     places = torch.arange(width, device=values.device).expand_as(order)
@@ -118,6 +118,11 @@ def drop_by_rank(
     draws = bits(seed, model, name, start, len(values), values.device).to(torch.float64) + 2.0**31
     scaled = values / chance.to(values.dtype) if divide else values
     torch.where(draws < chance * 2.0**32, scaled, torch.zeros_like(values), out=out)
+
+
+def chances(density: float, epsilon: float, width: int) -> tuple[float, float]:
+    """The probability of the smallest element of a row, and by how much that of the next in rank is larger."""
+    return (density - epsilon, 2 * epsilon / (width - 1)) if width > 1 else (density, 0.0)
 
 
 def kept_below(density: float) -> int:

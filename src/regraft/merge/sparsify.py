@@ -7,7 +7,7 @@ which makes task vectors (n, L) with zeros where entries were dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regraft.merge.kernels import between, numbers, stored
-from regraft.merge.random import drop, drop_by_rank, kept_below, keys
+from regraft.merge.random import chances, drop, drop_by_rank, kept_below, keys
 from regraft.merge.rule import Chunk, Unit
 from regraft.merge.statistics import OrderStatistic, Statistic, Sum, task_vectors
 
@@ -31,32 +31,34 @@ class Sparse:
     """How a chunk's task vectors become sparse: one number per model in each field.
 
     An entry is kept if its magnitude is in [low, high] and its draw says so with the probability `density`, and is
-    multiplied by `factor`. `other` replaces the choice of entries by a function chunk -> (n, L).
+    multiplied by `factor`. With `epsilons` that probability rises with the rank of its magnitude in its row, as in
+    `drop_by_rank`, and what is kept is divided by it if `divide`; chunks are whole rows then.
     """
 
     n: int
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     densities: tuple[float, ...] = ()
+    epsilons: tuple[float, ...] = ()
+    divide: bool = False
     seed: int = 0
     factors: tuple[float, ...] = ()
-    other: Callable[[Chunk[Any]], Tensor] | None = None
 
     def __call__(self, c: Chunk[Any]) -> Tensor:
         """Sparse task vectors, (n, L). Treat as read-only."""
-        if self.other is not None:
-            return self._scaled(self.other(c))
         deltas = between(c.deltas, self.low, self.high) if self.low else c.deltas
-        if not self.densities:
-            return self._scaled(deltas)
-        out = torch.empty_like(deltas)
         factors = self.factors or (1.0,) * self.n
+        if not self.densities:
+            return deltas * torch.tensor(factors).to(deltas).unsqueeze(1) if self.factors else deltas
+        out = torch.empty_like(deltas)
         for i, (row, density, factor) in enumerate(zip(deltas, self.densities, factors, strict=True)):
-            drop(row, density, factor, out[i], seed=self.seed, model=i, name=c.info.name, start=c.start)
+            stream: dict[str, Any] = {"seed": self.seed, "model": i, "name": c.info.name, "start": c.start}
+            if self.epsilons and density < 1:
+                drop_by_rank(row, c.info.width, density, self.epsilons[i], out[i], divide=self.divide, **stream)
+                out[i] *= factor
+            else:
+                drop(row, density, factor, out[i], **stream)
         return out
-
-    def _scaled(self, rows: Tensor) -> Tensor:
-        return rows * torch.tensor(self.factors).to(rows).unsqueeze(1) if self.factors else rows
 
     def scaled(self, factors: Sequence[float]) -> Sparse:
         """The same with all that is kept multiplied, besides what it was."""
@@ -67,14 +69,31 @@ class Sparse:
     def compiled(self, c: Chunk[Any]) -> tuple[Any, ...] | None:
         """The arguments that the loops in `native_sparse` have in common; None if they do not serve this chunk."""
         raw = stored(c)
-        if raw is None or not c.has_base or self.other is not None or c.start % 4:
+        if raw is None or not c.has_base or (not self.epsilons and c.start % 4):
             return None
-        like = c.dtype
-        low, high = self.low or (0.0,) * self.n, self.high or (math.inf,) * self.n
-        streams = np.array([keys(self.seed, i, c.info.name) for i in range(self.n)], np.uint64)
-        kept = np.array([kept_below(density) for density in self.densities or (1.0,) * self.n], np.uint64)
-        factors = self.factors or (1.0,) * self.n
-        return raw, c.start, numbers(low, like), numbers(high, like), streams, kept, numbers(factors, like)
+        from regraft.merge.native import TILE
+
+        like, width = c.dtype, c.info.width
+        densities = self.densities or (1.0,) * self.n
+        always = np.full(self.n, kept_below(1.0), np.uint64)
+        return (
+            raw,
+            c.start,
+            width if self.epsilons else TILE,
+            (
+                numbers(self.low or (0.0,) * self.n, like),
+                numbers(self.high or (math.inf,) * self.n, like),
+                np.array([keys(self.seed, i, c.info.name) for i in range(self.n)], np.uint64),
+                always if self.epsilons else np.array([kept_below(density) for density in densities], np.uint64),
+                numbers(self.factors or (1.0,) * self.n, like),
+                np.array([self._chances(i, width) for i in range(self.n)]),
+                self.divide,
+            ),
+        )
+
+    def _chances(self, i: int, width: int) -> tuple[float, float]:
+        whole = not self.epsilons or self.densities[i] == 1
+        return (1.0, 0.0) if whole else chances(self.densities[i], self.epsilons[i], width)
 
 
 def largest(unit: Unit[Any], densities: Sequence[float]) -> Stage:
@@ -127,28 +146,7 @@ def ranked(
 
     The rule must have the span "rows".
     """
-
-    def sparse(c: Chunk[Any]) -> Tensor:
-        out = torch.empty_like(c.deltas)
-        for i, (row, density, epsilon) in enumerate(zip(c.deltas, densities, epsilons, strict=True)):
-            if density == 1:
-                out[i] = row
-                continue
-            drop_by_rank(
-                row,
-                c.info.width,
-                density,
-                epsilon,
-                out[i],
-                divide=divide,
-                seed=seed,
-                model=i,
-                name=c.info.name,
-                start=c.start,
-            )
-        return out
-
-    return Sparse(unit.n, other=sparse)
+    return Sparse(unit.n, densities=tuple(densities), epsilons=tuple(epsilons), divide=divide, seed=seed)
 
 
 def norms_restored(unit: Unit[Any], sparse: Sparse) -> Stage:
