@@ -18,7 +18,7 @@ _ALL = np.uint64(1 << 32)
 
 
 @kernel
-def _load(raw, values, bits):
+def load(raw, values, bits):
     """values = raw in float32; `bits` is the memory of `values`."""
     if raw.itemsize == 2:
         for k in range(raw.shape[0]):
@@ -29,9 +29,9 @@ def _load(raw, values, bits):
 
 
 @kernel
-def _difference(raw, base, values, bits):
+def difference(raw, base, values, bits):
     """values = raw - base; the number of entries that are 0."""
-    _load(raw, values, bits)
+    load(raw, values, bits)
     zeros = np.int32(0)
     for k in range(raw.shape[0]):
         values[k] -= base[k]
@@ -72,7 +72,7 @@ def _draw(values, key, second_key, start, kept, words, lanes, one):
 def _sparse(raw, base, values, bits, i, start, chosen, words, memory):
     """Model i's tile of the sparse task vector; the number of zeros in the full one."""
     low, high, keys, kept, factors, chances, divide = chosen
-    zeros = _difference(raw, base, values, bits)
+    zeros = difference(raw, base, values, bits)
     if low[i] > 0 or high[i] < np.inf:
         _select(values, low[i], high[i])
     if kept[i] < _ALL:
@@ -104,7 +104,7 @@ def merge(raw, start, tile, chosen, weights, elect, normalize, scale, zeros, out
     for begin in range(0, length, tile):
         size = min(tile, length - begin)
         end = begin + size
-        _load(raw[n, begin:end], base[:size], base_bits[:size])
+        load(raw[n, begin:end], base[:size], base_bits[:size])
         total[:] = zero
         for i in range(n):
             row = values[i, :size]
@@ -149,9 +149,9 @@ def norms(raw, start, tile, chosen, block, before, after):
     for begin in range(0, length, tile):
         size = min(tile, length - begin)
         end, b = begin + size, begin // block
-        _load(raw[n, begin:end], base[:size], base_bits[:size])
+        load(raw[n, begin:end], base[:size], base_bits[:size])
         for i in range(n):
-            _difference(raw[i, begin:end], base[:size], values[0, :size], bits[0, :size])
+            difference(raw[i, begin:end], base[:size], values[0, :size], bits[0, :size])
             before[i, b] += _magnitude(values[0, :size])
             _sparse(
                 raw[i, begin:end],
@@ -198,9 +198,9 @@ def tally(raw, firsts, likely, top, low):
     for begin in range(0, length, TILE):
         size = min(TILE, length - begin)
         end = begin + size
-        _load(raw[n, begin:end], base[:size], base_bits[:size])
+        load(raw[n, begin:end], base[:size], base_bits[:size])
         for i in range(n):
-            _difference(raw[i, begin:end], base[:size], values[:size], bits[:size])
+            difference(raw[i, begin:end], base[:size], values[:size], bits[:size])
             for k in range(size):
                 bits[k] |= np.uint32(0x80000000)  # the key of the magnitude: the sign goes, and the top bit is set
                 heads[k] = bits[k] >> np.uint32(16)
@@ -229,12 +229,12 @@ def distance(raw, weights, anchor, out):
     for begin in range(0, length, TILE):
         size = min(TILE, length - begin)
         end = begin + size
-        _load(raw[anchor, begin:end], first[:size], first_bits[:size])
+        load(raw[anchor, begin:end], first[:size], first_bits[:size])
         total[:] = zero
         for i in range(n):
             weight = weights[i]
             if weight != 0 and i != anchor:
-                _load(raw[i, begin:end], row[:size], row_bits[:size])
+                load(raw[i, begin:end], row[:size], row_bits[:size])
                 for k in range(size):
                     total[k] += (row[k] - first[k]) * weight
         target = out[begin:end]
@@ -257,12 +257,12 @@ def grams(raw, n, block, out):
         size = min(TILE, length - begin)
         end, b, eights = begin + size, begin // block, size // 8 * 8
         if raw.shape[0] > n:
-            _load(raw[n, begin:end], base[:size], base_bits[:size])
+            load(raw[n, begin:end], base[:size], base_bits[:size])
         for i in range(n):
             if raw.shape[0] > n:
-                _difference(raw[i, begin:end], base[:size], values[i, :size], bits[i, :size])
+                difference(raw[i, begin:end], base[:size], values[i, :size], bits[i, :size])
             else:
-                _load(raw[i, begin:end], values[i, :size], bits[i, :size])
+                load(raw[i, begin:end], values[i, :size], bits[i, :size])
             for j in range(i + 1):
                 sums[:] = 0
                 for k in range(0, eights, 8):

@@ -13,16 +13,20 @@ in most tensors of lightly tuned language models; the lineage file has the weigh
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from regraft.merge.consensus import added, changed, winners
-from regraft.merge.kernels import variance
+from regraft.merge.kernels import numbers, stored, variance
 from regraft.merge.rule import Chunk, Steps, Unit, rule
 from regraft.merge.statistics import OrderStatistic, Sum
 from regraft.methods import Options, Paper
+
+_LEAST = 1e-6  # mergekit's guard of the sum of weights
 
 
 class SceOptions(Options):
@@ -38,28 +42,66 @@ class SceOptions(Options):
     papers=[Paper("FuseChat: Knowledge Fusion of Chat Models", "Wan et al.", "EMNLP 2025", "2408.07990")],
 )
 def sce(unit: Unit[SceOptions]) -> Steps:
-    threshold = None
+    threshold = 0.0
     if unit.options.select_topk < 1:
-        (varying,) = yield [Sum(lambda c: variance(c.deltas).sign_())]
+        (varying,) = yield [Sum(lambda c: variances(c).sign_())]
         keep = math.floor(int(varying) * unit.options.select_topk)
         if keep == 0:
             return lambda c: c.base.clone()
-        (found,) = yield [OrderStatistic(lambda c: variance(c.deltas), ranks=[unit.numel - keep])]
-        threshold = found[0, 0]
-        unit.note(threshold=float(threshold))
-
-    def selected(c: Chunk[SceOptions]) -> Tensor:
-        return c.deltas if threshold is None else c.deltas * (variance(c.deltas) >= threshold)
-
-    (squares,) = yield [Sum(lambda c: selected(c).square())]
+        (found,) = yield [OrderStatistic(variances, ranks=[unit.numel - keep])]
+        threshold = float(found[0, 0])
+        unit.note(threshold=threshold)
+    (squares,) = yield [_Squares(threshold)]
     means = squares / unit.numel
     size = float(means.sum())
     weights = [float(m) / size for m in means] if size >= 1e-6 else [1 / unit.n] * unit.n
     unit.note(weights=weights)
 
     def combine(c: Chunk[SceOptions]) -> Tensor:
-        sizes, sign = winners(selected(c))
+        raw = stored(c)
+        if raw is not None:
+            from regraft.merge.native_sce import merge
+
+            out = np.empty(c.length, np.float32)
+            merge(raw, np.float32(threshold), numbers(weights, c.dtype), np.float32(_LEAST), out)
+            return torch.from_numpy(out)
+        sizes, sign = winners(selected(c, threshold))
         share = torch.sign(sizes) * c.per_model(weights)
-        return changed(c.base, added(sizes * share) * sign / added(share).clamp(min=1e-6))
+        return changed(c.base, added(sizes * share) * sign / added(share).clamp(min=_LEAST))
 
     return combine
+
+
+def variances(c: Chunk[SceOptions]) -> Tensor:
+    """Population variance of the task vectors over the models, (L,)."""
+    raw = stored(c)
+    if raw is None:
+        return variance(c.deltas)
+    from regraft.merge import native_sce
+
+    out = np.empty(c.length, np.float32)
+    native_sce.variances(raw, out)
+    return torch.from_numpy(out)
+
+
+def selected(c: Chunk[SceOptions], threshold: float) -> Tensor:
+    """Task vectors, (n, L), with 0 where the variance is below the threshold."""
+    return c.deltas * (variance(c.deltas) >= threshold) if threshold > 0 else c.deltas
+
+
+class _Squares(Sum):
+    """Σ δ² of each model over the selected entries; result: float64, shape (n,)."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__(lambda c: selected(c, threshold).square())
+        self._threshold = threshold
+
+    def partial(self, chunk: Chunk[Any]) -> Tensor:
+        raw = stored(chunk)
+        if raw is None:
+            return super().partial(chunk)
+        from regraft.merge.native_sce import squares
+
+        out = np.empty((chunk.n, -(-chunk.length // chunk.block)))
+        squares(raw, np.float32(self._threshold), chunk.block, out)
+        return torch.from_numpy(out)
