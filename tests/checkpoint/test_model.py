@@ -507,7 +507,7 @@ def test_names_are_imported_when_used() -> None:
         "assert 'huggingface_hub' not in sys.modules; missing = [n for n in c.__all__ if not hasattr(c, n)]; "
         "assert not missing, missing"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_checkpoint_is_exported() -> None:

@@ -69,7 +69,10 @@ Offline = Annotated[
     bool, typer.Option("--offline", help="Do not use the network, only the Hub's local cache.", rich_help_panel=_RUN)
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", "-j", min=1, help="Threads; all cores if not given.", rich_help_panel=_RUN)
+    int | None,
+    typer.Option(
+        "--workers", "-j", min=1, help="Threads; one more than there are cores if not given.", rich_help_panel=_RUN
+    ),
 ]
 Chunk = Annotated[
     int | None,

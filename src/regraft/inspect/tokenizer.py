@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from regraft.checkpoint import Checkpoint, read_json
+from regraft.checkpoint.json_file import LIMIT
+from regraft.checkpoint.paths import regular_size
 from regraft.errors import UserError
 
 _STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -57,11 +60,10 @@ def tokenizer(checkpoint: Checkpoint) -> TokenizerFacts | None:
         return None
     special = _special(settings, _read(files.get("special_tokens_map.json"), remarks))
     template = "chat_template.jinja" in files or "chat_template.json" in files or bool(settings.get("chat_template"))
-    content = _read(files.get("tokenizer.json"), remarks)
-    model = content.get("model")
-    if isinstance(model, Mapping):
-        return _fast(content, model, special, template, remarks)
     if "tokenizer.json" in files:
+        facts = _known(files["tokenizer.json"], remarks)
+        if facts is not None:
+            return replace(facts, special=special, chat_template=template, remarks=tuple(remarks))
         remarks.append("tokenizer.json holds no model")
         return TokenizerFacts(None, None, special, (), template, None, None, tuple(remarks))
     sha = hashlib.sha256()
@@ -74,9 +76,32 @@ def tokenizer(checkpoint: Checkpoint) -> TokenizerFacts | None:
     return TokenizerFacts(None, None, special, (), template, digest, digest, tuple(remarks))
 
 
-def _fast(
-    content: Mapping[str, Any], model: Mapping[str, Any], special: Mapping[str, str], template: bool, remarks: list[str]
-) -> TokenizerFacts:
+@lru_cache(maxsize=1)
+def _by_content() -> dict[bytes, TokenizerFacts]:
+    """What was found in tokenizer.json files, by their digest: fine-tunes come with copies of one."""
+    return {}
+
+
+def _known(path: Path, remarks: list[str]) -> TokenizerFacts | None:
+    """What a tokenizer.json tells by itself; None if it holds no model."""
+    try:
+        key = hashlib.blake2b(path.read_bytes()).digest() if regular_size(path) <= LIMIT else b""
+    except (OSError, UserError):
+        key = b""  # `_read` says what is wrong with it
+    known = _by_content()
+    if key in known:
+        return known[key]
+    content = _read(path, remarks)
+    model = content.get("model")
+    if not isinstance(model, Mapping):
+        return None
+    facts = _fast(content, model)
+    if key:
+        known[key] = facts
+    return facts
+
+
+def _fast(content: Mapping[str, Any], model: Mapping[str, Any]) -> TokenizerFacts:
     listed = content.get("added_tokens")
     entries = [e for e in _list(listed) if isinstance(e, Mapping) and isinstance(e.get("id"), int)]
     entries.sort(key=lambda e: int(e["id"]))
@@ -94,12 +119,11 @@ def _fast(
     return TokenizerFacts(
         kind=kind if isinstance(kind, str) else None,
         size=len(ids | {int(e["id"]) for e in entries}) if ids else None,
-        special=special,
+        special={},
         added=tuple(str(e.get("content")) for e in entries if int(e["id"]) not in ids),
-        chat_template=template,
+        chat_template=False,
         hash=_digest(whole),
         vocabulary_hash=_digest([vocabulary, own.get("merges")]),
-        remarks=tuple(remarks),
     )
 
 

@@ -70,7 +70,7 @@ def run_jobs(
     """Compute every job and hand the results to `write(name, start, values)`, from several threads.
 
     Args:
-        workers: threads; all cores by default.
+        workers: threads; one more than there are cores by default.
         chunk: elements per chunk, rounded up to a multiple of `BLOCK`; more means more memory, never another result.
         device: where chunks are computed; sources are read and results are written on the CPU. The last bits of
             statistics, and so of results, may depend on the kind of device.

@@ -12,6 +12,7 @@ import torch
 from regraft.checkpoint.tensor import BLOCK, TensorSource
 from regraft.errors import UserError
 from regraft.merge.rule import Rule, TensorInfo
+from regraft.merge.selection import table_bytes
 from regraft.methods import Options
 
 # Elements; a chunk of a few models then stays in the processor's cache, and calls are few against the work in them.
@@ -20,6 +21,8 @@ DEFAULT_CHUNK = 1 << 19
 _ACCELERATOR_CHUNK = 1 << 24
 # Tensors of chunk length that a rule holds at its peak, per model row (measured over the rules; used for estimates).
 _ROWS_PER_MODEL = 5
+# Tables of order statistics that are there at once, per worker: of the units in progress, and the sums of all threads.
+_TABLES = 4
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,9 @@ def default_chunk(device: torch.device) -> int:
 
 
 def default_workers() -> int:
-    """As many threads as this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """As many threads as this process may use cores, and one that computes while another waits for the disk."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + 1
 
 
 def predict_memory(jobs: Sequence[Job], workers: int, chunk: int) -> int:
@@ -131,7 +135,10 @@ def predict_memory(jobs: Sequence[Job], workers: int, chunk: int) -> int:
     for job in jobs:
         length = min(job.chunk(chunk), max(job.info.numel, 1))
         rows = (len(job.models) + 1) * _ROWS_PER_MODEL if job.rule is not None else 1
-        largest = max(largest, length * rows * job.arithmetic.itemsize)
+        wanted = length * rows * job.arithmetic.itemsize
+        if job.rule is not None and job.rule.order_statistics:
+            wanted += _TABLES * table_bytes(len(job.models), job.rule.order_statistics)
+        largest = max(largest, wanted)
     return largest * workers
 
 

@@ -11,9 +11,6 @@ _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 
 _DIGIT = 1 << 11  # values of a digit when a row is sorted
-_BUCKET_BITS = np.uint32(19)  # of a magnitude's 31 bits the upper 12 choose its bucket
-_BUCKETS = 1 << 12
-_SORT_ABOVE = 32  # open cases of a row, beside one in 64, from which on sorting is quicker
 
 
 @kernel
@@ -87,10 +84,10 @@ def ranks(keys, order, spare, counts, out):
 def rank_memory(width):
     """What `drop_ranked` needs for rows of that width, to be used again and again."""
     return (
-        np.empty((4, width), np.int32),
-        np.empty((3, _BUCKETS), np.int32),
-        np.empty((2, width // 4 + 2), np.uint64),
+        np.empty((3, width), np.int32),
+        np.empty(_DIGIT, np.int32),
         np.empty(width, np.uint32),
+        np.empty((2, width // 4 + 2), np.uint64),
     )
 
 
@@ -98,89 +95,25 @@ def rank_memory(width):
 def drop_ranked(values, bits, first_key, second_key, start, low, step, divide, memory, out):
     """One row: out = the value where its draw is below low + step · rank, else 0, with the rank of its magnitude.
 
-    `bits` are the values in float32, of which the rank is taken; equal ones are ranked by their place. What is kept is
-    divided by its probability if `divide`. `out` may be `values`.
-
-    A histogram by exponent and four bits of the mantissa gives each rank to within a bucket, which decides all but
-    about one in a hundred; for these the smaller ones are counted, or the row is sorted if they are many.
+    `bits` are the values in float32, of which the rank is taken. What is kept is divided by its probability if
+    `divide`. `out` may be `values`.
     """
     zero = values.dtype.type(0)
     length = values.shape[0]
-    places, tables, draws, keys = memory
-    order, spare, rank, open_ones = places[0], places[1], places[2], places[3]
-    counts, keeps, drops = tables[0], tables[1], tables[2]
-    high, rest = draws[0].view(np.uint16), draws[1].view(np.uint16)
+    places, counts, keys, draws = memory
+    rank = places[2]
+    for k in range(length):
+        keys[k] = bits[k] & np.uint32(0x7FFFFFFF)
+    ranks(keys[:length], places[0], places[1], counts, rank)
     lane = start % 4
     mix(first_key, start // 4, draws[0, : (lane + length + 3) // 4])
     mix(second_key, start // 4, draws[1, : (lane + length + 3) // 4])
+    high, rest = draws[0].view(np.uint16)[lane:], draws[1].view(np.uint16)[lane:]
     for k in range(length):
-        keys[k] = bits[k] & np.uint32(0x7FFFFFFF)
-    undecided = 0
-    if not divide:
-        undecided = _decide(keys[:length], high[lane : lane + length], low, step, counts, keeps, drops, open_ones, rank)
-    if divide or undecided > _SORT_ABOVE + length // 64:
-        ranks(keys[:length], order, spare, counts[:_DIGIT], rank)
-        for k in range(length):
-            draw = np.float64(high[lane + k]) * 65536.0 + np.float64(rest[lane + k])
-            chance = low + step * np.float64(rank[k])
-            value = values[k] / values.dtype.type(chance) if divide else values[k]
-            out[k] = value if draw < chance * 4294967296.0 else zero
-        return
-    for i in range(undecided):
-        at = open_ones[i]
-        key = keys[at]
-        smaller = np.int32(0)
-        for k in range(at):
-            smaller = np.int32(smaller + np.int32(keys[k] <= key))
-        for k in range(at + 1, length):
-            smaller = np.int32(smaller + np.int32(keys[k] < key))
-        draw = np.float64(high[lane + at]) * 65536.0 + np.float64(rest[lane + at])
-        rank[at] = np.int32(draw < (low + step * np.float64(smaller)) * 4294967296.0)
-    for k in range(length):
-        out[k] = values[k] if rank[k] else zero
-
-
-@kernel
-def _decide(keys, high, low, step, counts, keeps, drops, open_ones, kept):
-    """kept = 1 where the upper half of the draw decides for it whatever the rank within the bucket, else 0; the number
-    of `open_ones` for which it does not decide. Zeros are not kept, which is all the same.
-    """
-    length = keys.shape[0]
-    least, most = np.uint32(0xFFFFFFFF), np.uint32(0)
-    for k in range(length):
-        key = keys[k]
-        most = key if key > most else most
-        key = key - np.uint32(1)  # a zero becomes the largest
-        least = key if key < least else least
-    first, last = np.int32((least + np.uint32(1)) >> _BUCKET_BITS), np.int32(most >> _BUCKET_BITS)
-    if most == 0:
-        kept[:length] = 0
-        return 0
-    counts[first : last + 1] = 0
-    zeros = np.int32(0)
-    for k in range(length):
-        if keys[k] == 0:
-            zeros += np.int32(1)
-        else:
-            counts[keys[k] >> _BUCKET_BITS] += np.int32(1)
-    before = zeros
-    for b in range(first, last + 1):
-        here = counts[b]
-        surely = (low + step * np.float64(before)) * 65536.0
-        hardly = (low + step * np.float64(before + here - 1)) * 65536.0
-        keeps[b] = np.int32(np.floor(surely - 1e-6))  # an upper half below this is below the bound
-        drops[b] = np.int32(np.ceil(hardly + 1e-6))  # one from this on is not
-        before += here
-    undecided = 0
-    for k in range(length):
-        bucket = keys[k] >> _BUCKET_BITS
-        upper = np.int32(high[k])
-        nonzero = keys[k] != 0
-        kept[k] = np.int32(nonzero & (upper < keeps[bucket]))
-        if nonzero & (upper >= keeps[bucket]) & (upper < drops[bucket]):
-            open_ones[undecided] = k
-            undecided += 1
-    return undecided
+        draw = np.float64(high[k]) * 65536.0 + np.float64(rest[k])
+        chance = low + step * np.float64(rank[k])
+        value = values[k] / values.dtype.type(chance) if divide else values[k]
+        out[k] = value if draw < chance * 4294967296.0 else zero
 
 
 @kernel

@@ -227,6 +227,7 @@ class Rule(Method, Generic[O]):
     # What a chunk must not cut: "elements", "rows" (all axes but the first; a vector is one row) or "tensor". Rules
     # that need whole tensors hold as many of them in memory as there are workers.
     span: Callable[[O], str] = lambda _: "elements"
+    order_statistics: int = 0  # most that it asks for at once of each model, for the estimate of memory
     # What the same words mean in a mergekit recipe: defaults that differ (REQUIRED: no default) ...
     mergekit_defaults: Mapping[str, Any] = field(default_factory=dict)
     # ... and values that are spelt otherwise, {option: {their value: ours}}.

@@ -37,6 +37,11 @@ def models(chunk: Chunk[Any]) -> Tensor:
     return chunk.models
 
 
+def table_bytes(rows: int, ranks: int) -> int:
+    """What a thread needs to look for so many order statistics of each row."""
+    return 4 * _BINS * rows * (_WAYS + _GUESSED * ranks)
+
+
 class OrderStatistic:
     """Exact order statistics of each row of `f(chunk)` over all elements of the unit.
 

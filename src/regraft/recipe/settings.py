@@ -14,7 +14,7 @@ class Settings:
         force: replace a non-empty output, and merge models that do not look like fine-tunes of the base.
         allow_nan: merge values that are not finite as they are.
         accept_licenses: go on although the licences of the inputs do not agree.
-        workers: threads; all cores if None.
+        workers: threads; one more than there are cores if None.
         chunk: elements per chunk; the engine's default if None.
         device: where chunks are computed: "cpu", "cuda", "cuda:1", ... Elsewhere than on the CPU the last bits of
             statistics, and so of weights, may differ.

@@ -38,6 +38,7 @@ class BreadcrumbsOptions(TaskVectorOptions):
     summary="drop the largest and the smallest changes, sum the rest",
     options=BreadcrumbsOptions,
     needs_base=True,
+    order_statistics=2,
     papers=[
         Paper(
             "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks",

@@ -47,6 +47,7 @@ Score = Callable[[Chunk[PcbOptions]], Tensor]
     summary="balance the competition of parameters within and between tasks",
     options=PcbOptions,
     needs_base=True,
+    order_statistics=2,
     scope=lambda o: o.scope,
     model_wide=("ratio", "clip", "inter", "formula", "scope"),
     in_mergekit=False,

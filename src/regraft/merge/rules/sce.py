@@ -38,6 +38,7 @@ class SceOptions(Options):
     summary="select by variance, weight by squared change, erase minority signs",
     options=SceOptions,
     needs_base=True,
+    order_statistics=1,
     min_models=2,
     papers=[Paper("FuseChat: Knowledge Fusion of Chat Models", "Wan et al.", "EMNLP 2025", "2408.07990")],
 )

@@ -39,6 +39,7 @@ class TiesOptions(TaskVectorOptions):
     summary="trim task vectors, elect signs, average what agrees",
     options=TiesOptions,
     needs_base=True,
+    order_statistics=1,
     scope=lambda o: o.trim_scope,
     model_wide=("density", "trim_scope", "rescale"),
     papers=[
