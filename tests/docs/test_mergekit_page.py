@@ -63,7 +63,6 @@ def test_two_defaults_are_those_of_the_registry() -> None:
 REFUSED = {
     "`merge_method: pcb`": [TIES.replace("ties", name) for name in ("pcb", "layer_swap")],
     "`modules`": [f"{TIES}modules: {{text: {{}}}}\n"],
-    "`name`": [f"{TIES}name: one\n", f"{TIES}---\n{TIES}"],
     "`base_model`": [
         LINEAR_SLICES.format(", ".join(SLICE.format(base=f"base_model: org/{b}, ", more="") for b in ("a", "b")))
     ],

@@ -157,7 +157,6 @@ def test_filters_after_one_that_holds_for_all_are_as_mergekit_reads_them() -> No
         (flow("karcher"), "RG309", "slerp"),
         (flow("pcb", base_model="org/c"), "RG309", "write a regraft recipe"),
         (flow(base="org/c"), "RG302", "'base_model'"),
-        (flow(name="x"), "RG309", "name"),
         (flow(modules="{}"), "RG309", "modules"),
         (flow(parameters="{densty: 1}"), "RG302", "densty"),
         (flow(parameters="{density: 1}"), "RG302", "linear has no option 'density'"),
@@ -210,6 +209,62 @@ def test_mistakes(text: str, code: str, says: str) -> None:
     assert error.code == code, str(error)
     assert says in str(error), str(error)
     assert error.where.startswith("m.yaml, line ")
+
+
+ONE = (
+    "merge_method: linear\nmodels: [{model: org/a, parameters: {weight: 1}}, {model: org/b, parameters: {weight: 1}}]\n"
+)
+BOTH = "merge_method: slerp\nbase_model: one\nmodels: [{model: one}, {model: two}]\nparameters: {t: 0.5}\n"
+
+
+def documents(*texts: str) -> str:
+    return "---\n".join(texts)
+
+
+def test_documents_are_steps_in_the_order_in_which_they_need_one_another() -> None:
+    recipe = parse_recipe(documents(BOTH, f"name: two\n{ONE}", f"name: one\n{ONE}") + "---\n")
+    assert [step.name for step in recipe.steps] == ["two", "one", "merged"]
+    final = recipe.steps[-1]
+    assert isinstance(final, MergeStep)
+    assert [i.model for i in final.inputs] == ["one", "two"]
+    chain = documents(
+        f"name: c\n{ONE.replace('org/a', 'b')}", f"name: b\n{ONE.replace('org/a', 'a')}", f"name: a\n{ONE}"
+    )
+    assert [step.name for step in parse_recipe(chain).steps] == ["a", "b", "c"]
+
+
+def test_a_document_alone_may_have_a_name() -> None:
+    assert parse(f"name: mine\n{ONE}").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "says"),
+    [
+        (documents(ONE, ONE), "RG307", "have no name"),
+        (documents(ONE, f"name: merged\n{ONE}"), "RG307", "merged"),
+        (documents(f"name: x\n{ONE}", f"name: x\n{ONE}"), "RG307", "x is the name of two documents"),
+        (documents(f"name: a/b\n{ONE}", ONE), "RG303", "'a/b' cannot be the name"),
+        (documents(f"name: x\n{ONE.replace('org/a', 'x')}", ONE), "RG307", "refers to itself"),
+        (documents(f"name: x\n{ONE}", ONE.replace("org/a", "x+org/lora")), "RG309", "what the document x makes"),
+        (documents(f"name: x\n{ONE}", ONE.replace("org/a", "x@main")), "RG309", "what the document x makes"),
+        (
+            documents(*(f"name: {a}\n{ONE.replace('org/a', b)}" for a, b in ("xy", "yx"))),
+            "RG307",
+            "x, y need one another in a circle",
+        ),
+        (documents(ONE, "models: {}\nsteps: {}\n"), "RG309", "only mergekit's recipes may share a file"),
+    ],
+)
+def test_mistakes_in_files_of_several_documents(text: str, code: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_recipe(text, path=Path("m.yaml"))
+    assert caught.value.code == code, str(caught.value)
+    assert says in str(caught.value), str(caught.value)
+
+
+def test_documents_cannot_be_changed_from_the_command_line() -> None:
+    with pytest.raises(UserError, match="--set changes files of one"):
+        parse_recipe(documents(f"name: x\n{ONE}", ONE), changes=["dtype=float16"])
 
 
 def test_a_required_weight_is_missed_when_it_is_resolved() -> None:

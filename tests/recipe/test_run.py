@@ -491,3 +491,20 @@ def test_scores_join_the_lineage_and_the_card(tmp_path: Path) -> None:
     assert run(made, tmp_path / "out", progress=told).artefacts == first.artefacts
     assert [line for line in told.lines if "done before" in line] == ["x: done before", "y: done before"]
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}  # scores.json is outside
+
+
+def test_the_documents_of_a_mergekit_file_are_made_one_from_another(llamas: Path, tmp_path: Path) -> None:
+    text = """merge_method: slerp
+base_model: ./base
+models: [{model: ./base}, {model: experts}]
+parameters: {t: 1.0}
+---
+name: experts
+merge_method: linear
+models: [{model: ./a, parameters: {weight: 1}}, {model: ./b, parameters: {weight: 1}}]
+"""
+    out = merge(recipe(llamas, text), tmp_path / "out")
+    merged, a, b = (load_file(folder / "model.safetensors") for folder in (out, llamas / "a", llamas / "b"))
+    for name, value in merged.items():
+        assert torch.allclose(value, (a[name] + b[name]) / 2, atol=1e-7), name
+    assert [p.name.partition("-")[0] for p in (tmp_path / "out.steps" / "artefacts").iterdir()] == ["experts"]

@@ -107,10 +107,10 @@ def test_refusals_name_line_and_column(text: str, place: str, reason: str) -> No
     assert reason in error.what
 
 
-def test_several_documents_are_known_but_not_supported() -> None:
+def test_several_documents_are_no_single_one() -> None:
     error = refused("merge_method: ties\n---\nmerge_method: linear\n")
     assert error.code == "RG309"
-    assert "line 2" in error.what
+    assert "line 3" in error.what
 
 
 def test_aliases_work_and_bombs_do_not() -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from regraft.cli import options as opt
+from regraft.cli.mergekit_flags import with_mergekit_flags
 from regraft.cli.plan import tell_plan
 from regraft.cli.progress import TerminalProgress
 from regraft.cli.terminal import Terminal
@@ -19,6 +20,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the model; 
 
 
 @opt.with_settings
+@with_mergekit_flags
 def merge(
     terminal: Terminal,
     recipe: opt.RecipePath,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from regraft.errors import UserError
 from regraft.recipe import mergekit, own
 from regraft.recipe.changes import apply_changes, dump
 from regraft.recipe.document import Recipe
 from regraft.recipe.fields import Field
-from regraft.recipe.yaml_file import parse_yaml, read_text
+from regraft.recipe.yaml_file import parse_documents, read_text
 
 
 def load_recipe(path: Path | str, *, changes: Sequence[str] = ()) -> Recipe:
@@ -34,10 +35,18 @@ def parse_recipe(text: str, *, path: Path | None = None, changes: Sequence[str] 
         UserError: RG301 to RG309, each with file, line, step and key.
     """
     name = path.name if path else "recipe"
-    tree = parse_yaml(text, name)
+    trees = parse_documents(text, name)
+    if changes and len(trees) > 1:
+        what = f"the file holds {len(trees)} documents, and --set changes files of one"
+        raise UserError("RG309", what, where=name, fix="change the file, or write its documents as steps of one recipe")
     if changes:
-        tree = apply_changes(tree, changes)
-        name, text = f"{name} with --set", dump(tree)
-    root = Field(tree, name)
-    read = mergekit.read_recipe if "merge_method" in root.items() else own.read_recipe
-    return read(root, path=path, text=text)
+        trees = [apply_changes(trees[0], changes)]
+        name, text = f"{name} with --set", dump(trees[0])
+    roots = [Field(tree, name) for tree in trees]
+    if all("merge_method" in root.items() for root in roots):
+        return mergekit.read_recipe(roots, path=path, text=text)
+    if len(roots) > 1:
+        what = f"the file holds several documents; the second starts in line {trees[1].line}"
+        fix = "write them as steps of one recipe, or as one file each; only mergekit's recipes may share a file"
+        raise UserError("RG309", what, where=name, fix=fix)
+    return own.read_recipe(roots[0], path=path, text=text)

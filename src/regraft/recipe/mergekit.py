@@ -9,6 +9,8 @@ accepts for a method without using them are accepted too.
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from regraft.merge.rule import Rule
 from regraft.methods import methods
 from regraft.recipe.document import MAX_MODELS, Input, MergeStep, Recipe, Setting, Slice
 from regraft.recipe.fields import Field
-from regraft.recipe.names import Names
+from regraft.recipe.names import Names, check_name
 from regraft.recipe.option_values import OptionReader
 
 TOP_KEYS = (
@@ -59,22 +61,57 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
 _TEMPLATES = ("chatml", "llama3", "alpaca", "mistral", "exaone")
 
 
-def read_recipe(root: Field, *, path: Path | None, text: str) -> Recipe:
-    """The typed form of a mergekit file.
+def read_recipe(roots: Sequence[Field], *, path: Path | None, text: str) -> Recipe:
+    """The typed form of a mergekit file: a step for each of its documents, in the order in which they need one another.
 
     Raises:
         UserError: RG301 to RG309; RG309 for what regraft does not do.
     """
-    return Recipe({}, (_Reader(root).step(),), path, text)
+    if len(roots) == 1:
+        root = roots[0]
+        return Recipe({}, (_Reader(root, _name(root) or STEP).step(),), path, text)
+    bodies: dict[str, Field] = {}
+    for root in roots:
+        name = _name(root)
+        if (name or STEP) in bodies:
+            what = f"{name} is the name of two documents" if name else f"two documents have no name, or that of {STEP}"
+            raise root.error("RG307", what, "give each document but the last a name of its own")
+        bodies[name or STEP] = root
+    steps = {name: _Reader(root, name, bodies).step() for name, root in bodies.items()}
+    ordered: dict[str, MergeStep] = {}
+    while len(ordered) < len(steps):
+        ready = [n for n in steps if n not in ordered and _needs(steps[n], steps) <= ordered.keys()]
+        if not ready:
+            waiting = [n for n in steps if n not in ordered]
+            what = f"the documents {', '.join(waiting)} need one another in a circle"
+            raise bodies[waiting[0]].error("RG307", what, "let one of them do without the others")
+        ordered |= {name: steps[name] for name in ready}
+    return Recipe({}, tuple(ordered.values()), path, text)
+
+
+def _name(root: Field) -> str | None:
+    """What the document calls its result."""
+    items = root.items()
+    if "name" not in items or items["name"].is_null:
+        return None
+    name = items["name"].text("a name")
+    check_name(items["name"], name, "step")
+    return name
+
+
+def _needs(step: MergeStep, steps: Collection[str]) -> set[str]:
+    """The other documents whose results a step uses."""
+    inputs = [*step.inputs, *(i for piece in step.slices for i in piece.inputs)]
+    named = [*(i.model for i in inputs), step.base, step.tokenizer_from]
+    return {name for name in named if name is not None and name in steps}
 
 
 class _Reader:
     """Reads one file. References are texts of the form model[@revision][+adapter]."""
 
-    def __init__(self, root: Field) -> None:
-        self.root = root
+    def __init__(self, root: Field, name: str, others: Collection[str] = ()) -> None:
+        self.root, self.name, self.others = root, name, others
         self.top = root.check_keys(TOP_KEYS, "a mergekit recipe")
-        self._refuse("name", "a recipe with a name belongs to a file of several", "write it as a step of one recipe")
         self._refuse("modules", "regraft does not merge the modules of a model one by one", "merge whole models")
         self.rule = _rule(self.top["merge_method"])
         self.reader = OptionReader(self.rule, "mergekit")
@@ -104,7 +141,7 @@ class _Reader:
         settings = self._parameters(self.top, len(self._besides_base(groups[0])))
         dtype, out_dtype = (self._dtype(key) for key in ("dtype", "out_dtype"))
         return MergeStep(
-            name=STEP,
+            name=self.name,
             method=self.rule.name,
             base=self.base,
             inputs=inputs,
@@ -198,14 +235,24 @@ class _Reader:
     def _reference(self, field: Field) -> str:
         """A text, or mergekit's longer form {model: {path, revision}, lora: {path, revision}}."""
         if not field.is_mapping:
-            return field.text("a path or Hub id")
+            return self._checked(field, field.text("a path or Hub id"))
         items = field.check_keys(("model", "lora", "override_architecture"), "a model")
         if "override_architecture" in items and not items["override_architecture"].is_null:
             raise items["override_architecture"].error("RG309", "regraft does not override architectures", "remove it")
         if "model" not in items:
             raise field.error("RG303", "the entry names no model", "add model: <path or Hub id>")
         parts = [_path(items[k]) for k in ("model", "lora") if k in items and not items[k].is_null]
-        return "+".join(parts)
+        return self._checked(field, "+".join(parts))
+
+    def _checked(self, field: Field, reference: str) -> str:
+        """The reference; what another document makes has neither revisions nor adapters."""
+        head = re.split(r"[@+]", reference)[0]
+        if head in self.others and head != reference:
+            what = f"{reference} asks for a revision of, or an adapter on, what the document {head} makes"
+            raise field.error("RG309", what, "apply adapters before merging")
+        if reference == self.name and reference in self.others:
+            raise field.error("RG307", f"the document {reference} refers to itself", "name another model")
+        return reference
 
     def _dtype(self, key: str) -> str | None:
         return self.top[key].dtype() if self._has(key) else None

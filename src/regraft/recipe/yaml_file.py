@@ -93,9 +93,19 @@ def parse_yaml(text: str, name: str = "recipe") -> Node:
         UserError: RG306 with line and column for what is no YAML, or not a mapping, or refused here; RG309 for a file
             of several documents.
     """
+    first, *others = parse_documents(text, name)
+    if others:
+        what = f"the file holds several documents; the second starts in line {others[0].line}"
+        fix = "write them as steps of one recipe, or as one file each"
+        raise UserError("RG309", what, where=name, fix=fix)
+    return first
+
+
+def parse_documents(text: str, name: str = "recipe") -> list[Node]:
+    """The top-level mappings of all documents of a YAML text, at least one; arguments and errors as `parse_yaml`."""
     _check_size(len(text.encode("utf-8", "surrogatepass")), name)
     try:
-        root = _Builder(text, name).document()
+        roots = _Builder(text, name).documents()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -109,11 +119,12 @@ def parse_yaml(text: str, name: str = "recipe") -> Node:
         column = error.position - (text.rfind("\n", 0, error.position) + 1) + 1
         what = f"the character {error.character!r} is not allowed in YAML"
         raise UserError("RG306", what, where=f"{name}, line {line}, column {column}", fix="remove it") from None
-    if not isinstance(root.value, dict):
-        what = "the recipe is empty" if root.value is None else "the top level of the recipe is not a mapping"
-        fix = "start with models: and steps:, or with merge_method:"
-        raise UserError("RG306", what, where=f"{name}, line {root.line}, column 1", fix=fix)
-    return root
+    for root in roots:
+        if not isinstance(root.value, dict):
+            what = "the recipe is empty" if root.value is None else "the top level of the recipe is not a mapping"
+            fix = "start with models: and steps:, or with merge_method:"
+            raise UserError("RG306", what, where=f"{name}, line {root.line}, column 1", fix=fix)
+    return roots
 
 
 def _check_size(size: int, name: str) -> None:
@@ -131,19 +142,16 @@ class _Builder:
         self._anchors: dict[str, Node] = {}
         self._nodes = 0
 
-    def document(self) -> Node:
+    def documents(self) -> list[Node]:
         next(self._events)  # start of the stream
-        event = next(self._events)
-        if isinstance(event, yaml.StreamEndEvent):
-            return Node(None, 1)
-        root = self._node(next(self._events), 0)
-        next(self._events)  # end of the document
-        event = next(self._events)
-        if isinstance(event, yaml.DocumentStartEvent):
-            what = f"the file holds several documents; the second starts in line {_line(event)}"
-            fix = "write them as steps of one recipe, or as one file each"
-            raise UserError("RG309", what, where=self._name, fix=fix)
-        return root
+        roots = []
+        while not isinstance(next(self._events), yaml.StreamEndEvent):
+            roots.append(self._node(next(self._events), 0))
+            next(self._events)  # end of the document
+            self._anchors.clear()
+        if len(roots) > 1 and roots[-1].value is None:
+            roots.pop()  # what a file that ends in --- seems to begin
+        return roots or [Node(None, 1)]
 
     def _node(self, event: Any, depth: int) -> Node:
         if isinstance(event, yaml.AliasEvent):
