@@ -72,7 +72,6 @@ REFUSED = {
     ],
     "`tokens`": [f"{TIES}tokenizer: {{source: base, tokens: {{x: {{source: org/a}}}}}}\n"],
     "`pad_to_multiple_of`": [f"{TIES}tokenizer: {{source: base, pad_to_multiple_of: 8}}\n"],
-    "`chat_template: chatml`": [f"{TIES}chat_template: {name}\n" for name in ("chatml", "llama3")],
     "`residual_weight`": [LINEAR_SLICES.format(SLICE.format(base="", more=", residual_weight: 0.1"))],
     "`override_architecture`": [
         TIES.replace("model: org/a", "model: {model: org/a, override_architecture: LlamaForCausalLM}")

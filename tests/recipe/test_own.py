@@ -134,7 +134,7 @@ def test_a_setting_may_be_a_single_condition() -> None:
         ("m: {merge: linear, models: [maths], normalize: maybe}", "RG303", "m, normalize", "maybe"),
         ("m: {merge: linear, models: [maths], out_dtype: bfloat}", "RG303", "m, out_dtype", "'bfloat16'"),
         ("m: {merge: linear, models: [maths], seed: -1}", "RG303", "m, seed", "whole number"),
-        ("m: {merge: linear, models: [maths], chat_template: chatml}", "RG303", "chat_template", "Jinja"),
+        ("m: {merge: linear, models: [maths], chat_template: chat}", "RG303", "chat_template", "Jinja"),
         ("m: {merge: linear}", "RG303", "step m", "neither models nor slices"),
         ("m: {merge: linear, models: [maths], slices: [{models: []}]}", "RG303", "step m", "both models and slices"),
         ("m: {merge: ties, models: [maths]}", "RG304", "step m", "base"),

@@ -111,7 +111,7 @@ PAIR = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {we
         ("merge_method: linear\nmodels: [{model: a, weight: 1}]\n", False),
         ("merge_method: linear\nmodules: {}\n", False),
         ("merge_method: linear\ntokenizer_source: union\n" + PAIR, False),
-        ("merge_method: linear\nchat_template: chatml\n" + PAIR, False),
+        ("merge_method: linear\nchat_template: chatml\n" + PAIR, True),
         ("merge_method: slerp\nparameters: {t: 0.5}\nmodels: [{model: a}, {model: b}]\n", False),
         ("merge_method: linear\n", False),
     ],

@@ -17,6 +17,7 @@ from pathlib import Path
 from regraft.errors import UserError
 from regraft.merge.rule import Rule
 from regraft.methods import methods
+from regraft.recipe.chat_templates import chat_template
 from regraft.recipe.document import MAX_MODELS, Input, MergeStep, Recipe, Setting, Slice
 from regraft.recipe.fields import Field
 from regraft.recipe.names import Names, check_name
@@ -58,7 +59,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "breadcrumbs": ("int8_mask",),
     "sce": ("int8_mask",),
 }
-_TEMPLATES = ("chatml", "llama3", "alpaca", "mistral", "exaone")
 
 
 def read_recipe(roots: Sequence[Field], *, path: Path | None, text: str) -> Recipe:
@@ -290,13 +290,7 @@ class _Reader:
         field = self.top.get("chat_template")
         if field is None or field.is_null or field.value == "auto":
             return None
-        text = field.text("auto, or the Jinja text of a template")
-        if "{" in text:
-            return field.node.text
-        known = f"the chat template {text!r} is built into mergekit" if text in _TEMPLATES else ""
-        raise field.error(
-            "RG309", known or f"the chat template {text!r} is no Jinja text", "write auto, or the Jinja text itself"
-        )
+        return chat_template(field, "auto, ")
 
     def _has(self, key: str) -> bool:
         return key in self.top and not self.top[key].is_null

@@ -16,6 +16,7 @@ from pathlib import Path
 from regraft.errors import nearest
 from regraft.merge.rule import Rule
 from regraft.methods import ROOMS, method
+from regraft.recipe.chat_templates import chat_template
 from regraft.recipe.document import MAX_MODELS, MAX_STEPS, EvaluateStep, Input, MergeStep, Recipe, Setting, Slice
 from regraft.recipe.fields import Field
 from regraft.recipe.names import Names, check_name
@@ -248,11 +249,7 @@ class _Merge:
     def _chat_template(self) -> str | None:
         if "chat_template" not in self.items:
             return None
-        item = self.items["chat_template"]
-        text = item.text("the Jinja text of a chat template")
-        if "{" not in text:
-            raise item.error("RG303", f"chat_template is {text!r}", "give the Jinja text itself")
-        return item.node.text
+        return chat_template(self.items["chat_template"])
 
 
 def _check_number(field: Field, n: int) -> None:

@@ -13,6 +13,7 @@ from regraft.errors import UserError, nearest
 from regraft.merge.rule import REQUIRED, Rule, per_model_fields
 from regraft.methods import ROOMS, Method, methods
 from regraft.recipe import mergekit, own
+from regraft.recipe.chat_templates import TEMPLATES
 from regraft.recipe.fields import DTYPES
 from regraft.recipe.option_values import OptionReader
 
@@ -95,7 +96,10 @@ def _merge_step(rule: Rule[Any], shared: dict[str, Any]) -> dict[str, Any]:
         "exclude": {"anyOf": [_TEXT, _list(_TEXT)], "description": "regular expressions of tensors that are copied"},
         "config_from": {**_TEXT, "description": "the model whose configuration the result gets"},
         "tokenizer_from": {**_TEXT, "description": "the model whose tokenizer the result gets"},
-        "chat_template": {**_TEXT, "description": "the Jinja text of a chat template"},
+        "chat_template": {
+            "anyOf": [{"enum": sorted(TEMPLATES)}, {"type": "string", "pattern": "\\{"}],
+            "description": "the name of a chat template, or its Jinja text",
+        },
         "seed": _SEED,
         "sweep": {
             **with_options,
@@ -150,7 +154,7 @@ def _mergekit() -> dict[str, Any]:
         "out_dtype": _DTYPE,
         "tokenizer_source": {**reference, "not": {"const": "union"}},
         "tokenizer": tokenizer,
-        "chat_template": {"anyOf": [{"const": "auto"}, {"type": "string", "pattern": "\\{"}]},
+        "chat_template": {"anyOf": [{"enum": ["auto", *sorted(TEMPLATES)]}, {"type": "string", "pattern": "\\{"}]},
     }
     choice = [{"required": ["models"]}, {"required": ["slices"]}]
     return {**_closed(top, ["merge_method"]), "oneOf": choice, "allOf": cases, "$defs": shared}

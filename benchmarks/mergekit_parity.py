@@ -1,0 +1,276 @@
+"""Does a mergekit recipe give the same model here? Rules x families x dtypes x ways of writing parameters.
+
+    python benchmarks/mergekit_parity.py --mergekit VENV/bin/python --out benchmarks/results/parity.json
+
+makes tiny models of every family with transformers, merges them by one recipe per cell with both tools, and compares
+all entries in units of the last place. `VENV` is an environment of mergekit's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import parity_table
+import torch
+import transformers
+import yaml
+from machine import describe
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file
+
+from regraft.errors import UserError
+from regraft.methods import methods
+from regraft.recipe import load_recipe
+from regraft.recipe.run import merge
+from regraft.recipe.settings import Settings
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import models as tiny
+
+FAMILIES = ("llama", "qwen2", "mistral", "gpt2", "bert", "roberta", "t5", "vit")
+SLICED = ("llama", "qwen2", "mistral", "gpt2")  # mergekit stacks layers of what its tables know
+WHOLE = {"bert": transformers.BertModel, "roberta": transformers.RobertaModel}  # mergekit asks for their poolers
+LAYERS = 4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHTS = (0.6, 0.3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a rule is used: options for all, options of each model, and which models it takes."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    each: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    models: Sequence[str] = ("a", "b")
+    base: str | None = "base"
+    varied: str = "weight"  # the option that filters and gradients vary
+
+
+_EACH = {"weight": WEIGHTS}
+CASES = {
+    "linear": Case(each=_EACH, base=None),
+    "slerp": Case({"t": 0.3}, models=("base", "a"), varied="t"),
+    "task_arithmetic": Case({"lambda": 0.9}, _EACH),
+    "ties": Case({"lambda": 0.9}, {**_EACH, "density": (0.5, 0.7)}),
+    "breadcrumbs": Case({}, {**_EACH, "density": (0.7, 0.6), "gamma": (0.02, 0.05)}),
+    "breadcrumbs_ties": Case({}, {**_EACH, "density": (0.7, 0.6), "gamma": (0.02, 0.05)}),
+    "sce": Case({"select_topk": 0.5}, varied="select_topk"),
+    "model_stock": Case(varied=""),
+    "nearswap": Case({"t": 0.002}, models=("a",), varied="t"),
+    "nuslerp": Case(each=_EACH, base=None),
+    "multislerp": Case(each=_EACH, base=None),
+    "karcher": Case(base=None, varied=""),
+    "ram": Case(varied=""),
+    "ramplus_tl": Case({"r": 0.1, "alpha": 0.2}, varied=""),
+    "arcee_fusion": Case(models=("a",), varied=""),
+    "passthrough": Case(models=("a",), base=None, varied="scale"),
+}
+VARIANTS = ("plain", "filters", "gradient", "slices")
+
+# Runs in mergekit's environment: one process for all cells, since it takes seconds to start.
+DRIVER = """
+import json, sys
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+import yaml
+for line in sys.stdin:
+    job = json.loads(line)
+    try:
+        config = MergeConfiguration.model_validate(yaml.safe_load(open(job["recipe"])))
+        run_merge(config, job["out"], options=MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False))
+        said = ""
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:200] or "failed"
+    print("told " + json.dumps(said), flush=True)
+"""
+
+
+@dataclass
+class Cell:
+    """One comparison; `worst` is the largest difference in units of the last place, `apart` entries beyond one."""
+
+    rule: str
+    family: str
+    dtype: str
+    variant: str
+    entries: int = 0
+    worst: float = 0.0
+    apart: int = 0
+    refused: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--mergekit", type=Path, required=True, metavar="PYTHON", help="of mergekit's environment")
+    parser.add_argument("--rules", default=",".join(CASES))
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    given = parser.parse_args(arguments)
+    registered = {method.name for method in methods("merge")}
+    rules = [rule for rule in given.rules.split(",") if rule in registered]
+    with tempfile.TemporaryDirectory(prefix="mergekit-parity-") as folder:
+        cells = list(compare(Path(folder), given.mergekit.absolute(), rules, given.families.split(",")))
+        results = {
+            "schema": 1,
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "machine": describe(Path(folder), given.mergekit.absolute()),
+            "cells": [asdict(cell) for cell in cells],
+        }
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    Console().print(parity_table.markdown(results), markup=False)
+    return 1 if any(cell.apart or cell.refused for cell in cells) else 0
+
+
+def compare(folder: Path, python: Path, rules: Sequence[str], families: Sequence[str]) -> Iterator[Cell]:
+    """All cells, in order."""
+    for family in families:
+        for dtype in DTYPES:
+            make_models(folder / family / dtype, family, DTYPES[dtype])
+    cells = [
+        Cell(rule, family, dtype, variant)
+        for rule in rules
+        for family in families
+        for dtype in DTYPES
+        for variant in VARIANTS
+        if recipe(rule, family, dtype, variant, ()) is not None
+    ]
+    command = [str(python), "-c", DRIVER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as peer:
+        for cell in track(cells, "cells", console=Console(stderr=True)):
+            yield compared(cell, folder, peer)
+        assert peer.stdin is not None
+        peer.stdin.close()
+
+
+def make_models(folder: Path, family: str, dtype: torch.dtype) -> None:
+    """`base` and two fine-tunes of it."""
+    layers = {"gpt2": "n_layer", "t5": "num_layers"}.get(family, "num_hidden_layers")
+    kind = WHOLE.get(family, tiny.CLASSES[family])
+    torch.manual_seed(0)
+    kind(tiny.config(family, **{layers: LAYERS})).to(dtype).save_pretrained(folder / "base")
+    for seed, name in enumerate("ab", start=1):
+        tiny.save_fine_tune(folder / name, folder / "base", seed, scale=0.05)
+
+
+def recipe(rule: str, family: str, dtype: str, variant: str, names: Sequence[str]) -> dict[str, Any] | None:
+    """The recipe of a cell; None if there is none. `names` are those of the tensors, for filters."""
+    case = CASES[rule]
+    if variant in ("filters", "gradient") and not case.varied:
+        return None
+    if variant == "slices" and family not in SLICED:
+        return None
+    each = [{k: v[i] for k, v in case.each.items()} for i in range(len(case.models))]
+    values = dict(case.values)
+    if variant == "filters":
+        part = chosen_part(names)
+        vary(each, values, case, lambda value: [{"filter": part, "value": value / 2}, {"value": value}])
+    if variant == "gradient":
+        vary(each, values, case, lambda value: [value, value / 3, value / 2])
+    written: dict[str, Any] = {"merge_method": rule}
+    if case.base is not None:
+        written["base_model"] = f"./{case.base}"
+    entries = [{"model": f"./{m}", **({"parameters": e} if e else {})} for m, e in zip(case.models, each, strict=True)]
+    if variant == "slices":
+        runs = [(0, 3), (2, LAYERS)]
+        if case.base is not None and case.base not in case.models:
+            entries.append({"model": f"./{case.base}"})  # mergekit wants the base among the sources
+        written["slices"] = [{"sources": [{**e, "layer_range": list(run)} for e in entries]} for run in runs]
+    else:
+        written["models"] = entries
+    # Arithmetic in float32, which is ours; in bfloat16 mergekit's own result depends on the order of additions.
+    return {**written, **({"parameters": values} if values else {}), "dtype": "float32", "out_dtype": dtype}
+
+
+def vary(each: list[dict[str, Any]], values: dict[str, Any], case: Case, change: Any) -> None:
+    """Replace the option that the case varies, wherever it stands, by what `change` makes of it."""
+    if case.varied in values:
+        values[case.varied] = change(values[case.varied])
+    elif case.varied in case.each:
+        each[0][case.varied] = change(each[0][case.varied])
+    else:
+        each[0][case.varied] = change(0.8)
+
+
+def chosen_part(names: Sequence[str]) -> str:
+    """A part of many tensors' names, such as `self_attn`."""
+    parts = [part for name in names for part in name.split(".")[:-1] if not part.isdigit()]
+    inner = [part for part in dict.fromkeys(parts) if 1 < parts.count(part) < len(names) // 2]
+    return max(inner, key=parts.count) if inner else "*"
+
+
+def compared(cell: Cell, folder: Path, peer: Any) -> Cell:
+    """Both tools on one recipe."""
+    here = folder / cell.family / cell.dtype
+    base = load_file(here / "base" / "model.safetensors")
+    path = here / f"{cell.rule}-{cell.variant}.yaml"
+    written = recipe(cell.rule, cell.family, cell.dtype, cell.variant, list(base))
+    path.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
+    ours, theirs = (here / f"{cell.rule}-{cell.variant}-{tool}" for tool in ("regraft", "mergekit"))
+    # mergekit looks paths up from where it runs.
+    absolute = here / f"{cell.rule}-{cell.variant}-absolute.yaml"
+    absolute.write_text(path.read_text(encoding="utf-8").replace("./", f"{here}/"), encoding="utf-8")
+    peer.stdin.write(json.dumps({"recipe": str(absolute), "out": str(theirs)}) + "\n")
+    peer.stdin.flush()
+    told = next(line for line in peer.stdout if line.startswith("told "))
+    if said := json.loads(told[5:]):
+        cell.refused = f"mergekit: {said.replace(str(here), '.')}"
+        return cell
+    try:
+        merge(load_recipe(path), ours, Settings(force=True))
+    except UserError as error:
+        cell.refused = f"regraft: {error.code}: {error}".replace(str(here), ".")
+        return cell
+    measure(cell, load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors"), here)
+    return cell
+
+
+def measure(cell: Cell, ours: Mapping[str, Any], theirs: Mapping[str, Any], here: Path) -> None:
+    """Fill in how far the results are apart, in units of the last place of the largest number involved in an entry."""
+    inputs = [load_file(here / name / "model.safetensors") for name in ("base", "a", "b")]
+    largest = max(float(t.abs().max()) for t in inputs[0].values() if t.numel() and t.is_floating_point())
+    for name, theirs_there in theirs.items():
+        if name not in ours:
+            if not tied(name, theirs_there, ours):
+                cell.refused = f"regraft's model lacks {name}"
+            continue
+        a, b = ours[name], theirs_there
+        if a.shape != b.shape or a.dtype != b.dtype:
+            cell.refused = f"{name} is {a.dtype} {tuple(a.shape)} here and {b.dtype} {tuple(b.shape)} there"
+            return
+        if not a.is_floating_point():
+            continue
+        off = (a.double() - b.double()).abs()
+        size = torch.maximum(a.double().abs(), b.double().abs())
+        for model in inputs if cell.variant != "slices" else ():
+            size = torch.maximum(size, model[name].double().abs())
+        if cell.variant == "slices":
+            size = size.clamp(min=1e-3 * largest)  # its inputs have other names
+        unit = torch.finfo(a.dtype).eps * torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-30))))
+        units = off / unit
+        cell.entries += a.numel()
+        cell.worst = max(cell.worst, float(units.max())) if units.numel() else cell.worst
+        cell.apart += int((units > 1).sum())
+
+
+def tied(name: str, values: Any, ours: Mapping[str, Any]) -> bool:
+    """Whether what mergekit wrote twice is there under another name."""
+    return any(values.shape == other.shape and torch.equal(values, other) for other in ours.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
