@@ -78,6 +78,7 @@ BRANCHES: dict[str, list[dict[str, Any]]] = {
     "dare_ties": [{"rescale": "none", "normalize": True}],
     "della": [{"rescale": "l1"}, {"rescale": "none", "normalize": False}],
     "breadcrumbs": [{"rescale": True, "density": 0.5, "gamma": 0.1}],
+    "breadcrumbs_ties": [{"rescale": True, "density": 0.5, "gamma": 0.1, "normalize": True}],
     "model_stock": [{"filter_wise": True}],
     "sce": [{"select_topk": 0.3}],
     "pcb": [{"inter": "normsum"}, {"inter": "pairwise", "scope": "tensor"}, {"formula": "paper"}],

@@ -153,7 +153,6 @@ def test_filters_after_one_that_holds_for_all_are_as_mergekit_reads_them() -> No
     ("text", "code", "says"),
     [
         (flow("tise"), "RG301", "'ties'"),
-        (flow("breadcrumbs_ties", base_model="org/c"), "RG309", "breadcrumbs"),
         (flow("karcher"), "RG309", "slerp"),
         (flow("pcb", base_model="org/c"), "RG309", "write a regraft recipe"),
         (flow(base="org/c"), "RG302", "'base_model'"),

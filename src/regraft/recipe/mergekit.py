@@ -40,7 +40,6 @@ _NEAREST = {
     "nuslerp": ("slerp",),
     "multislerp": ("slerp", "linear"),
     "karcher": ("slerp", "linear"),
-    "breadcrumbs_ties": ("breadcrumbs", "ties"),
     "ram": ("task_arithmetic", "sce"),
     "ramplus_tl": ("task_arithmetic", "sce"),
     "arcee_fusion": ("sce", "ties"),
@@ -54,6 +53,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "della": ("int8_mask",),
     "della_linear": ("int8_mask",),
     "breadcrumbs": ("int8_mask",),
+    "breadcrumbs_ties": ("int8_mask",),
     "sce": ("int8_mask",),
 }
 _TEMPLATES = ("chatml", "llama3", "alpaca", "mistral", "exaone")
