@@ -83,6 +83,7 @@ BRANCHES: dict[str, list[dict[str, Any]]] = {
     "sce": [{"select_topk": 0.3}],
     "pcb": [{"inter": "normsum"}, {"inter": "pairwise", "scope": "tensor"}, {"formula": "paper"}],
     "passthrough": [{"scale": 0.3}],
+    "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
     "layer_swap": [{"match_magnitude": True}],
 }
 

@@ -37,7 +37,6 @@ TOP_KEYS = (
 STEP = "merged"
 # Methods that mergekit has and regraft lacks -> those of regraft that come nearest.
 _NEAREST = {
-    "nuslerp": ("slerp",),
     "multislerp": ("slerp", "linear"),
     "karcher": ("slerp", "linear"),
     "ram": ("task_arithmetic", "sce"),
@@ -129,7 +128,7 @@ class _Reader:
         n = len(self._besides_base([Input(name) for name in names]))
         inputs = tuple(Input(name, self._parameters(i, n, name)) for name, i in zip(names, items, strict=True))
         listed = self.base is not None and any(self.same(name, self.base) for name in names)
-        if self.base is not None and not listed and not self.rule.needs_base and not self.rule.takes_base:
+        if self.base is not None and not listed and not self.rule.reads_base:
             if not self.rule.base_first:
                 what = f"{self.rule.name} uses no base, and base_model {self.base} is not among its models"
                 raise self.top["base_model"].error("RG305", what, "list it under models, or remove it")
@@ -169,7 +168,7 @@ class _Reader:
         return Slice(inputs, None, self._parameters(items, n))
 
     def _besides_base(self, inputs: tuple[Input, ...] | list[Input]) -> list[Input]:
-        if self.base is None or not self.rule.needs_base:
+        if self.base is None or not self.rule.reads_base:
             return list(inputs)
         return [i for i in inputs if not self.same(i.model, self.base)]
 
