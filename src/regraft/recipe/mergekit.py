@@ -37,7 +37,6 @@ TOP_KEYS = (
 STEP = "merged"
 # Methods that mergekit has and regraft lacks -> those of regraft that come nearest.
 _NEAREST = {
-    "karcher": ("slerp", "linear"),
     "ram": ("task_arithmetic", "sce"),
     "ramplus_tl": ("task_arithmetic", "sce"),
     "arcee_fusion": ("sce", "ties"),
