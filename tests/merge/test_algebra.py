@@ -83,6 +83,8 @@ BRANCHES: dict[str, list[dict[str, Any]]] = {
     "sce": [{"select_topk": 0.3}],
     "pcb": [{"inter": "normsum"}, {"inter": "pairwise", "scope": "tensor"}, {"formula": "paper"}],
     "passthrough": [{"scale": 0.3}],
+    "multislerp": [{"normalize_weights": False}],
+    "ramplus_tl": [{"epsilon": 1e-2, "alpha": 0.9}],
     "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
     "layer_swap": [{"match_magnitude": True}],
 }

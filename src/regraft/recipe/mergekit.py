@@ -37,8 +37,6 @@ TOP_KEYS = (
 STEP = "merged"
 # Methods that mergekit has and regraft lacks -> those of regraft that come nearest.
 _NEAREST = {
-    "ram": ("task_arithmetic", "sce"),
-    "ramplus_tl": ("task_arithmetic", "sce"),
     "arcee_fusion": ("sce", "ties"),
 }
 # Options that mergekit takes for a method but that change nothing in its result.
