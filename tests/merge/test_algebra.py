@@ -227,7 +227,7 @@ def test_errors(call: Any, code: str, message: str) -> None:
 
 
 def test_a_module_that_is_no_rule_is_named() -> None:
-    with pytest.raises(AttributeError, match="no rule 'tiess'; there are breadcrumbs"):
+    with pytest.raises(AttributeError, match="no rule 'tiess'; there are arcee_fusion"):
         merge.tiess  # noqa: B018
     assert set(NAMES) <= set(dir(merge))
 

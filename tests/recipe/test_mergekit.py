@@ -9,7 +9,7 @@ import pytest
 
 from regraft.errors import UserError
 from regraft.merge.rule import Rule
-from regraft.methods import method
+from regraft.methods import method, methods
 from regraft.recipe import MergeStep, parse_recipe
 from regraft.recipe.document import Input
 from regraft.recipe.resolve import Resolver
@@ -74,6 +74,15 @@ def test_a_task_vector_merge() -> None:
     assert (step.dtype, step.out_dtype) == ("bfloat16", "float16")
     assert (step.tokenizer_from, step.chat_template) == ("org/base@v1", None)
     assert step.where == "m.yaml, line 2, merge_method ties"
+
+
+def test_every_method_of_mergekit_is_a_rule() -> None:
+    """Those that mergekit 0.1.5 registers."""
+    names = (
+        "arcee_fusion breadcrumbs breadcrumbs_ties dare_linear dare_ties della della_linear karcher linear model_stock"
+        " multislerp nearswap nuslerp passthrough ram ramplus_tl sce slerp task_arithmetic ties"
+    )
+    assert [rule.name for rule in methods("merge") if rule.in_mergekit] == names.split()
 
 
 def test_the_options_mean_what_mergekit_means() -> None:

@@ -35,10 +35,6 @@ TOP_KEYS = (
     "name",
 )
 STEP = "merged"
-# Methods that mergekit has and regraft lacks -> those of regraft that come nearest.
-_NEAREST = {
-    "arcee_fusion": ("sce", "ties"),
-}
 # Options that mergekit takes for a method but that change nothing in its result.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "task_arithmetic": ("int8_mask", "density", "rescale"),
@@ -273,11 +269,7 @@ def _rule(field: Field) -> Rule:
     if name in known:
         what = f"{name} is a method of regraft that mergekit does not have"
         raise field.error("RG309", what, f"write a regraft recipe: steps: {{merged: {{merge: {name}, ...}}}}")
-    if name in _NEAREST:
-        near = [n for n in _NEAREST[name] if n in known]
-        what = f"regraft does not have mergekit's method {name}"
-        raise field.error("RG309", what, f"the nearest it has: {', '.join(near) or ', '.join(known)}")
     ours = sorted(n for n, r in known.items() if r.in_mergekit)
-    close = difflib.get_close_matches(name, [*ours, *_NEAREST], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, ours, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise field.error("RG301", f"unknown merge method {name!r}", f"{hint}(known: {', '.join(ours)})")
