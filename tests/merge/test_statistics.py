@@ -101,6 +101,19 @@ def test_column_sums_do_not_depend_on_the_cutting_and_are_accurate(width: int) -
     torch.testing.assert_close(results[0], x.double().view(3, -1, width).sum(1), rtol=1e-12, atol=1e-15)
 
 
+def test_column_sums_keep_what_comes_too_early() -> None:
+    """The engine reads the next chunk into the memory of the last one."""
+    x = samples()[:, : 3 * BLOCK]
+    statistic = ColumnSums(lambda c: c.models, 64)
+    statistic.begin(3 * BLOCK)
+    memory = torch.empty(3, BLOCK)
+    for start in (2 * BLOCK, BLOCK, 0):
+        memory[:] = x[:, start : start + BLOCK]
+        statistic.observe(Chunk(TensorInfo("x", (3 * BLOCK,)), Options(), start, memory))
+    assert statistic.finish()
+    torch.testing.assert_close(statistic.result, x.double().view(3, -1, 64).sum(1), rtol=1e-12, atol=1e-15)
+
+
 def test_extremes() -> None:
     x = samples()
     expected = torch.stack([x.amin(1), x.amax(1)], 1)

@@ -185,7 +185,8 @@ class ColumnSums:
     def observe(self, chunk: Chunk[Any]) -> None:
         values = chunk.computed(self._f).cpu()
         with self._lock:
-            self._early[chunk.start] = values
+            # A chunk's memory is used again as soon as this returns.
+            self._early[chunk.start] = values if chunk.start == self._next else values.clone()
             if self.result.numel() == 0:
                 self.result = torch.zeros((values.shape[0], self._width), dtype=torch.float64)
             while self._next in self._early:
@@ -200,7 +201,8 @@ class ColumnSums:
         whole = (length - end) // self._width
         rest = end + whole * self._width
         self.result[:, column : column + end] += block[:, :end]
-        self.result += block[:, end:rest].reshape(len(block), whole, self._width).sum(1)
+        if whole:
+            self.result += block[:, end:rest].reshape(len(block), whole, self._width).sum(1)
         self.result[:, : length - rest] += block[:, rest:]
         self._next += length
 

@@ -8,8 +8,8 @@ largest are dropped; none are in a tensor so small that `gamma` is less than one
 statistics, and entries of exactly the threshold's magnitude are kept.
 
 In a mergekit recipe `density` is 1 by default and `weight` must be given. Two things differ from mergekit: it keeps
-only some of the entries at the threshold, and it drops the whole change of a tensor of which no outlier is dropped
-(100 entries or fewer, at its default `gamma`), which is a slip that regraft does not repeat.
+only some of the entries at the threshold, and before its version 0.1.5 it dropped the whole change of a tensor of which
+no outlier is dropped (100 entries or fewer, at its default `gamma`), a slip that regraft does not repeat.
 """
 
 from __future__ import annotations
