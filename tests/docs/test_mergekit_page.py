@@ -85,11 +85,7 @@ def refused_rows() -> list[str]:
 
 @pytest.mark.parametrize("row", refused_rows())
 def test_what_the_page_says_is_refused_is_refused(row: str) -> None:
-    if row.startswith("`merge_method: breadcrumbs_ties`"):
-        names = [name.removeprefix("merge_method: ") for name in re.findall(r"`([^`]+)`", row)]
-        files = [TIES.replace("ties", name) for name in names]
-    else:
-        files = next(files for start, files in REFUSED.items() if row.startswith(start))
+    files = next(files for start, files in REFUSED.items() if row.startswith(start))
     for text in files:
         with pytest.raises(UserError) as caught:
             parse_recipe(text)
@@ -98,6 +94,6 @@ def test_what_the_page_says_is_refused_is_refused(row: str) -> None:
 
 def test_the_files_are_refused_for_nothing_else() -> None:
     """Without what is refused, they are read."""
-    assert len(refused_rows()) == len(REFUSED) + 1
+    assert len(refused_rows()) == len(REFUSED)
     for text in (TIES, LINEAR_SLICES.format(SLICE.format(base="", more=""))):
         assert parse_recipe(text).steps[0].dialect == "mergekit"  # type: ignore[union-attr]

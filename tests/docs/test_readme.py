@@ -57,11 +57,3 @@ def test_the_first_recipe_is_short() -> None:
     recipe = re.search(r'```yaml title="recipe.yaml"\n(.*?)```', README, re.DOTALL)
     assert recipe is not None
     assert len(recipe[1].splitlines()) <= 12
-
-
-def test_methods_that_are_said_to_be_missing_are() -> None:
-    missing = re.search(r"Its methods (.*?) are missing", README, re.DOTALL)
-    assert missing is not None
-    names = re.findall(r"`(\w+)`", missing[1])
-    assert len(names) > 5
-    assert not set(names) & {rule["name"] for rule in listed()}

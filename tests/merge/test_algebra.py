@@ -79,10 +79,14 @@ BRANCHES: dict[str, list[dict[str, Any]]] = {
     "dare_ties": [{"rescale": "none", "normalize": True}],
     "della": [{"rescale": "l1"}, {"rescale": "none", "normalize": False}],
     "breadcrumbs": [{"rescale": True, "density": 0.5, "gamma": 0.1}],
+    "breadcrumbs_ties": [{"rescale": True, "density": 0.5, "gamma": 0.1, "normalize": True}],
     "model_stock": [{"filter_wise": True}],
     "sce": [{"select_topk": 0.3}],
     "pcb": [{"inter": "normsum"}, {"inter": "pairwise", "scope": "tensor"}, {"formula": "paper"}],
     "passthrough": [{"scale": 0.3}],
+    "multislerp": [{"normalize_weights": False}],
+    "ramplus_tl": [{"epsilon": 1e-2, "alpha": 0.9}],
+    "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
     "layer_swap": [{"match_magnitude": True}],
 }
 
@@ -246,7 +250,7 @@ def test_errors(call: Any, code: str, message: str) -> None:
 
 
 def test_a_module_that_is_no_rule_is_named() -> None:
-    with pytest.raises(AttributeError, match="no rule 'tiess'; there are breadcrumbs"):
+    with pytest.raises(AttributeError, match="no rule 'tiess'; there are arcee_fusion"):
         merge.tiess  # noqa: B018
     assert set(NAMES) <= set(dir(merge))
 

@@ -202,21 +202,40 @@ def test_della_refuses_probabilities_outside_the_unit_interval(density: float, e
         merge.della([torch.ones(3)], base=torch.zeros(3), density=density, epsilon=epsilon)
 
 
+def crumbs(delta: np.ndarray, density: float, gamma: float) -> np.ndarray:
+    top = int(gamma * N)
+    bottom = N - int(density * N) - top
+    if bottom < 0:
+        top, bottom = top + bottom, 0
+    order = np.argsort(np.abs(delta), axis=None, kind="stable")
+    keep = np.zeros(N, bool)
+    keep[order[bottom : N - top]] = True
+    return delta * keep.reshape(SHAPE)
+
+
 def test_breadcrumbs(tensors) -> None:
     base, models = tensors
     t0, *rest = double(base, *models)
-    expected = t0.copy()
-    for model, density, gamma in zip(rest, (0.9, 0.5, 1.0), (0.01, 0.2, 0.05), strict=True):
-        delta = model - t0
-        top = int(gamma * N)
-        bottom = N - int(density * N) - top
-        if bottom < 0:
-            top, bottom = top + bottom, 0
-        order = np.argsort(np.abs(delta), axis=None, kind="stable")
-        keep = np.zeros(N, bool)
-        keep[order[bottom : N - top]] = True
-        expected += delta * keep.reshape(SHAPE)
-    close(merge.breadcrumbs(models, base=base, density=[0.9, 0.5, 1.0], gamma=[0.01, 0.2, 0.05]), expected)
+    densities, gammas = (0.9, 0.5, 1.0), (0.01, 0.2, 0.05)
+    sparse = [crumbs(m - t0, d, g) for m, d, g in zip(rest, densities, gammas, strict=True)]
+    close(merge.breadcrumbs(models, base=base, density=densities, gamma=gammas), t0 + sum(sparse))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_breadcrumbs_ties(tensors, normalize: bool) -> None:
+    base, models = tensors
+    t0, *rest = double(base, *models)
+    densities, gammas, weights = (0.9, 0.5, 1.0), (0.01, 0.2, 0.05), [0.5, 1.0, -0.3]
+    sparse = [crumbs(m - t0, d, g) for m, d, g in zip(rest, densities, gammas, strict=True)]
+    options = {"density": densities, "gamma": gammas, "weight": weights, "normalize": normalize, "lambda": 0.7}
+    found = merge.breadcrumbs_ties(models, base=base, **options)
+    close(found, t0 + 0.7 * consensus(sparse, weights, normalize))
+
+
+def test_breadcrumbs_ties_without_masks_is_ties_without_a_trim(tensors) -> None:
+    base, models = tensors
+    found = merge.breadcrumbs_ties(models, base=base, density=1.0, normalize=True)
+    assert torch.equal(found, merge.ties(models, base=base, density=1.0))
 
 
 @pytest.mark.filterwarnings("ignore:the models point away")

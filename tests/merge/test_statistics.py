@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from regraft.checkpoint.tensor import BLOCK
 from regraft.merge.rule import Chunk, TensorInfo
-from regraft.merge.statistics import Gram, MinMax, OrderStatistic, Sum
+from regraft.merge.statistics import ColumnSums, Gram, MinMax, OrderStatistic, Sum
 from regraft.methods import Options
 
 
@@ -88,6 +88,30 @@ def test_gram_matrices_do_not_depend_on_the_cutting_and_are_accurate() -> None:
     results = [collect(Gram(lambda c: c.models), x, k * BLOCK) for k in (1, 3, 9)]
     assert all(torch.equal(r, results[0]) for r in results)
     torch.testing.assert_close(results[0], x.double() @ x.double().T, rtol=1e-12, atol=1e-18)
+
+
+@pytest.mark.parametrize("width", [1, 7, 1009, BLOCK, BLOCK + 3, 3 * BLOCK + 1])
+def test_column_sums_do_not_depend_on_the_cutting_and_are_accurate(width: int) -> None:
+    x = samples()[:, : LENGTH // width * width].contiguous()
+    results = [
+        collect(ColumnSums(lambda c: c.models, width), x, k * BLOCK, reverse)
+        for k, reverse in itertools.product((1, 2, 9), (False, True))
+    ]
+    assert all(torch.equal(r, results[0]) for r in results)
+    torch.testing.assert_close(results[0], x.double().view(3, -1, width).sum(1), rtol=1e-12, atol=1e-15)
+
+
+def test_column_sums_keep_what_comes_too_early() -> None:
+    """The engine reads the next chunk into the memory of the last one."""
+    x = samples()[:, : 3 * BLOCK]
+    statistic = ColumnSums(lambda c: c.models, 64)
+    statistic.begin(3 * BLOCK)
+    memory = torch.empty(3, BLOCK)
+    for start in (2 * BLOCK, BLOCK, 0):
+        memory[:] = x[:, start : start + BLOCK]
+        statistic.observe(Chunk(TensorInfo("x", (3 * BLOCK,)), Options(), start, memory))
+    assert statistic.finish()
+    torch.testing.assert_close(statistic.result, x.double().view(3, -1, 64).sum(1), rtol=1e-12, atol=1e-15)
 
 
 def test_extremes() -> None:

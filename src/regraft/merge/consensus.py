@@ -1,7 +1,6 @@
-"""From task vectors to one: the sum, or the mean of those that agree with the elected sign.
+"""From several models, or task vectors, to one: weighted sums, and means of what agrees with the elected sign.
 
-Shared by the rules that first make task vectors sparse. `deltas` are task vectors (n, L), `weights` one number per
-model.
+`deltas` are task vectors (n, L), `weights` one number per model.
 """
 
 from __future__ import annotations
@@ -14,14 +13,27 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.kernels import added, changed, count_zeros, elect, numbers, weighted_sum, winners
+from regraft.merge.kernels import added, changed, count_zeros, elect, mixture, numbers, weighted_sum, winners
 from regraft.merge.rule import Chunk, PerModel
 from regraft.merge.sparsify import Sparse
 from regraft.methods import Options
 
-__all__ = ["Density", "Sparse", "TaskVectorOptions", "added", "changed", "elected", "onto_base", "total", "winners"]
+__all__ = [
+    "Density",
+    "Sparse",
+    "TaskVectorOptions",
+    "added",
+    "blended",
+    "changed",
+    "elected",
+    "of_runs",
+    "onto_base",
+    "total",
+    "winners",
+]
 
 _ABOUT_ZERO = 1e-8
+_ROUNDING = 1e-12  # how far weights may add up to something else than one by the rounding of their computation
 Density = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -43,6 +55,27 @@ def total(deltas: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
 def elected(deltas: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
     """Weighted sum of the entries whose weighted sign won, (L,); their weighted mean if `normalize`."""
     return elect(deltas, weights, normalize)
+
+
+def blended(weights: Sequence[float], has_base: bool) -> Callable[[Chunk[Any]], Tensor]:
+    """The last pass of rules that come down to one number per model: Σ wᵢ θᵢ, or θ₀ + Σ wᵢ δᵢ if they have a base.
+
+    Entries that are equal in all models keep their bits if the weights add up to one.
+    """
+    if has_base:
+        return lambda c: changed(c.base, weighted_sum(c.deltas, weights))
+    if abs(sum(weights) - 1) < _ROUNDING:
+        anchor = next(i for i, w in enumerate(weights) if w)
+        return lambda c: mixture(c, weights, anchor)
+    return lambda c: weighted_sum(c.models, weights)
+
+
+def of_runs(values: Tensor, c: Chunk[Any], width: int) -> Tensor:
+    """For each entry of a chunk, (L,), the value of the run of `width` entries that it is in; one for all stays one."""
+    if len(values) == 1:
+        return values.to(c.device, c.dtype)
+    places = torch.arange(c.start, c.start + c.length, device=c.device)
+    return values.to(c.device, c.dtype)[places.div(width, rounding_mode="floor")]
 
 
 def onto_base(

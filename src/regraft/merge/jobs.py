@@ -50,10 +50,15 @@ class Job:
         return "tensor" if self.rule is None else self.rule.scope(self.options)
 
     @property
+    def grain(self) -> int:
+        """Elements that the rule needs to see together."""
+        span = "elements" if self.rule is None else self.rule.span(self.options)
+        return {"elements": 1, "rows": self.info.width, "tensor": max(self.info.numel, 1)}[span]
+
+    @property
     def block(self) -> int:
         """Chunks of this tensor start at multiples of so many elements."""
-        span = "elements" if self.rule is None else self.rule.span(self.options)
-        return {"elements": BLOCK, "rows": self.info.width, "tensor": max(self.info.numel, 1)}[span]
+        return BLOCK if self.grain == 1 else self.grain
 
     def chunk(self, wanted: int) -> int:
         """Elements per chunk: `wanted`, in whole blocks."""

@@ -274,6 +274,11 @@ class Rule(Method, Generic[O]):
             what = f"{option} is {first['input']!r}: {detail[0].lower()}{detail[1:]}"
             raise UserError("RG303", what, where=where or self.name, fix=f"change {option}") from None
 
+    @property
+    def reads_base(self) -> bool:
+        """Whether a base that a recipe names is one, and not just another of the models."""
+        return self.needs_base or self.takes_base
+
     def check_count(self, n: int, *, where: str = "") -> None:
         """Raise RG305 unless the rule takes `n` models (besides the base)."""
         high = self.max_models

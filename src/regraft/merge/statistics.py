@@ -20,7 +20,7 @@ from regraft.merge.kernels import block_grams, block_sums, stored, stored_grams
 from regraft.merge.rule import Chunk
 from regraft.merge.selection import OrderStatistic, models, task_vectors
 
-__all__ = ["Gram", "MinMax", "OrderStatistic", "RowSums", "Statistic", "Sum", "models", "task_vectors"]
+__all__ = ["ColumnSums", "Gram", "MinMax", "OrderStatistic", "RowSums", "Statistic", "Sum", "models", "task_vectors"]
 
 
 class Statistic(Protocol):
@@ -158,6 +158,55 @@ class RowSums:
             first = start // self._width
             self.result[:, first : first + sums.shape[1]] += sums
         self._parts.clear()
+        return True
+
+
+class ColumnSums:
+    """Sum over all runs of `width` elements of `f(chunk)`, place by place (the sums along one tensor's first axis).
+
+    Result: float64, shape (rows of f, width). Within a block runs are summed in one go, and blocks are added in their
+    order, so that cutting does not matter: a chunk that comes before its turn waits.
+    """
+
+    sweeps = 1
+
+    def __init__(self, f: Callable[[Chunk[Any]], Tensor], width: int) -> None:
+        self._f, self._width = f, width
+        self._lock = threading.Lock()
+        self._early: dict[int, Tensor] = {}
+        self._next = 0
+        self.result = torch.empty(0, dtype=torch.float64)
+
+    def begin(self, numel: int) -> None:
+        self._early.clear()
+        self._next = 0
+        self.result = torch.empty(0, dtype=torch.float64)
+
+    def observe(self, chunk: Chunk[Any]) -> None:
+        values = chunk.computed(self._f).cpu()
+        with self._lock:
+            # A chunk's memory is used again as soon as this returns.
+            self._early[chunk.start] = values if chunk.start == self._next else values.clone()
+            if self.result.numel() == 0:
+                self.result = torch.zeros((values.shape[0], self._width), dtype=torch.float64)
+            while self._next in self._early:
+                for block in self._early.pop(self._next).split(BLOCK, 1):
+                    self._add(block.to(torch.float64).contiguous())
+
+    def _add(self, block: Tensor) -> None:
+        """Add what comes next: the end of a run, whole runs, the beginning of one."""
+        length = block.shape[1]
+        column = self._next % self._width
+        end = min(-column % self._width, length)
+        whole = (length - end) // self._width
+        rest = end + whole * self._width
+        self.result[:, column : column + end] += block[:, :end]
+        if whole:
+            self.result += block[:, end:rest].reshape(len(block), whole, self._width).sum(1)
+        self.result[:, : length - rest] += block[:, rest:]
+        self._next += length
+
+    def finish(self) -> bool:
         return True
 
 

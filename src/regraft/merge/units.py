@@ -42,10 +42,11 @@ class UnitState:
         passed, wanted = 0, step // 2
         for job in self.jobs:
             while wanted < passed + job.info.numel:
-                start = min(wanted - passed, max(job.info.numel - _SAMPLE_LENGTH, 0))
-                stop = min(start + _SAMPLE_LENGTH, job.info.numel)
+                length = -(-_SAMPLE_LENGTH // job.grain) * job.grain
+                start = min(wanted - passed, max(job.info.numel - length, 0)) // job.grain * job.grain
+                stop = min(start + length, job.info.numel)
                 pieces.append(read_chunk(job, start, stop, device))
-                wanted += step
+                wanted += max(step, length)
             passed += job.info.numel
         rows = torch.cat([torch.cat([p.models, p.base.unsqueeze(0)]) if p.has_base else p.models for p in pieces], 1)
         return Chunk(self.jobs[0].info, self.jobs[0].options, 0, rows, pieces[0].has_base)

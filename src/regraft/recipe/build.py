@@ -134,7 +134,7 @@ class Builder:
             for i, one in enumerate(piece.inputs)
         )
         base = None
-        if self.base is not None and (self.rule.needs_base or self.rule.takes_base):
+        if self.base is not None and self.rule.reads_base:
             base = self._source(self.base, name, reference, self._base_layer(piece, layers))
         levels: list[Mapping[str, Setting]] = [piece.settings, self.step.settings]
         options = self.resolver.options(out, depth, list(piece.inputs), levels)

@@ -197,7 +197,7 @@ def _pieces(step: MergeStep, rule: Rule[Any], members: Mapping[str, Member], bas
         if base is not None and rule.base_first:
             first = theirs or [Input(step.base or "", {}, others[0].layers if others else None)]
             pieces.append(Piece((*first, *others), piece.settings))
-        elif base is not None and rule.needs_base and theirs:
+        elif base is not None and rule.reads_base and theirs:
             if step.dialect == "regraft" and not step.slices:
                 what = f"the base is also listed among the models ({theirs[0].model})"
                 raise UserError("RG305", what, where=step.where, fix="list only its fine-tunes under models")

@@ -38,16 +38,6 @@ TOP_KEYS = (
     "name",
 )
 STEP = "merged"
-# Methods that mergekit has and regraft lacks -> those of regraft that come nearest.
-_NEAREST = {
-    "nuslerp": ("slerp",),
-    "multislerp": ("slerp", "linear"),
-    "karcher": ("slerp", "linear"),
-    "breadcrumbs_ties": ("breadcrumbs", "ties"),
-    "ram": ("task_arithmetic", "sce"),
-    "ramplus_tl": ("task_arithmetic", "sce"),
-    "arcee_fusion": ("sce", "ties"),
-}
 # Options that mergekit takes for a method but that change nothing in its result.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "task_arithmetic": ("int8_mask", "density", "rescale"),
@@ -57,6 +47,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "della": ("int8_mask",),
     "della_linear": ("int8_mask",),
     "breadcrumbs": ("int8_mask",),
+    "breadcrumbs_ties": ("int8_mask",),
     "sce": ("int8_mask",),
 }
 
@@ -166,7 +157,7 @@ class _Reader:
         n = len(self._besides_base([Input(name) for name in names]))
         inputs = tuple(Input(name, self._parameters(i, n, name)) for name, i in zip(names, items, strict=True))
         listed = self.base is not None and any(self.same(name, self.base) for name in names)
-        if self.base is not None and not listed and not self.rule.needs_base and not self.rule.takes_base:
+        if self.base is not None and not listed and not self.rule.reads_base:
             if not self.rule.base_first:
                 what = f"{self.rule.name} uses no base, and base_model {self.base} is not among its models"
                 raise self.top["base_model"].error("RG305", what, "list it under models, or remove it")
@@ -206,7 +197,7 @@ class _Reader:
         return Slice(inputs, None, self._parameters(items, n))
 
     def _besides_base(self, inputs: tuple[Input, ...] | list[Input]) -> list[Input]:
-        if self.base is None or not self.rule.needs_base:
+        if self.base is None or not self.rule.reads_base:
             return list(inputs)
         return [i for i in inputs if not self.same(i.model, self.base)]
 
@@ -319,11 +310,7 @@ def _rule(field: Field) -> Rule:
     if name in known:
         what = f"{name} is a method of regraft that mergekit does not have"
         raise field.error("RG309", what, f"write a regraft recipe: steps: {{merged: {{merge: {name}, ...}}}}")
-    if name in _NEAREST:
-        near = [n for n in _NEAREST[name] if n in known]
-        what = f"regraft does not have mergekit's method {name}"
-        raise field.error("RG309", what, f"the nearest it has: {', '.join(near) or ', '.join(known)}")
     ours = sorted(n for n, r in known.items() if r.in_mergekit)
-    close = difflib.get_close_matches(name, [*ours, *_NEAREST], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, ours, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise field.error("RG301", f"unknown merge method {name!r}", f"{hint}(known: {', '.join(ours)})")

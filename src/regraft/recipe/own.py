@@ -183,7 +183,7 @@ class _Merge:
         return self.reader.settings(entry.items("the model's options, such as {weight: 0.5}"), n, of_model=True)
 
     def _check_single(self, entry: Field, name: str, base: str | None) -> None:
-        uses_base = self.rule.needs_base or self.rule.takes_base or self.rule.base_first
+        uses_base = self.rule.reads_base or self.rule.base_first
         if base is not None and uses_base and self.names.same(name, base):
             what = f"the base is also listed among the models ({name})"
             raise entry.error("RG305", what, "list only the other models")

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.consensus import added, changed
+from regraft.merge.consensus import added, changed, of_runs
 from regraft.merge.rule import Chunk, Steps, Unit, rule
 from regraft.merge.statistics import Gram, RowSums, task_vectors
 from regraft.methods import Options, Paper
@@ -64,10 +64,6 @@ def model_stock(unit: Unit[ModelStockOptions]) -> Steps:
     unit.note(t=float(t.mean()), cosine=float(cosine.mean()))
 
     def combine(c: Chunk[ModelStockOptions]) -> Tensor:
-        steps = t.to(c.base)
-        if len(steps) > 1:
-            rows = torch.arange(c.start, c.start + c.length, device=c.device).div(width, rounding_mode="floor")
-            steps = steps[rows]
-        return changed(c.base, added(c.deltas) / n * steps)
+        return changed(c.base, added(c.deltas) / n * of_runs(t, c, width))
 
     return combine
