@@ -28,9 +28,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     entries = sum(c["entries"] for c in cells)
     version = results["machine"].get("mergekit", {}).get("mergekit", "?")
     same = len(cells) - len(apart) - len(refused)
-    counts = f"{same} give the same model to within one unit in the last place, {len(apart)} do not"
+    counts = f"{same} give the same model up to rounding, in {len(apart)} some entries differ by more"
     if refused:
-        counts += f", {len(refused)} are refused by one of the tools"
+        counts += f", {len(refused)} stop one of the tools"
     lines += ["", f"{len(cells)} recipes, {entries:,} entries: {counts} (mergekit {version}, {results['date']}).", ""]
     for cell in [*apart, *refused]:
         reason = (

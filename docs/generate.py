@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import typer.main
@@ -77,13 +78,23 @@ def families() -> str:
 
 
 def performance() -> str:
-    """What the benchmark has measured, from its files of results."""
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    """What the benchmark of speed has measured, from its files of results."""
+    return str(_benchmark("tables").pages(ROOT / "benchmarks" / "results"))
+
+
+def parity() -> str:
+    """How the results of mergekit's recipes compare, from the stored comparison."""
+    return str(_benchmark("parity_table").page(ROOT / "benchmarks" / "results" / "parity.json"))
+
+
+def _benchmark(name: str) -> ModuleType:
+    """A module beside the benchmarks; those that make tables need nothing but the standard library."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    return str(tables.pages(ROOT / "benchmarks" / "results"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def own_recipe(method: Method) -> str:

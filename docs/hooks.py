@@ -12,6 +12,7 @@ TABLES = {
     "rules": lambda: generate.rule_table("methods/{}.md"),
     "families": generate.families,
     "performance": generate.performance,
+    "parity": generate.parity,
 }
 
 

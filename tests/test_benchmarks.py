@@ -264,3 +264,43 @@ def test_bad_calls_end_in_a_sentence(
         status = end.code
     assert status == 2
     assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+# mergekit's environment: makes of each recipe what regraft makes of it, but for one entry of one tensor.
+PARITY_STAND_IN = """#!/bin/sh
+exec {python} -c '
+import json, sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from regraft.recipe import load_recipe
+from regraft.recipe.run import merge
+for line in sys.stdin:
+    job = json.loads(line)
+    merge(load_recipe(job["recipe"]), Path(job["out"]))
+    if "slerp" in job["out"]:
+        file = Path(job["out"]) / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.norm.weight"][3] += 0.5
+        save_file(tensors, file)
+    print("told " + json.dumps("it broke" if "passthrough" in job["out"] else ""), flush=True)
+'
+"""
+
+
+def test_the_comparison_with_mergekit_sees_what_differs(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(PARITY_STAND_IN.format(python=sys.executable), encoding="utf-8")
+    python.chmod(0o755)
+    parity = module("mergekit_parity")
+    cells = list(parity.compare(tmp_path / "work", python, ["linear", "slerp", "passthrough"], ["llama"]))
+    assert len(cells) == 3 * 2 * 4
+    for cell in cells:
+        expected = {"linear": (0, ""), "slerp": (1, ""), "passthrough": (0, "mergekit: it broke")}[cell.rule]
+        assert (cell.apart, cell.refused) == expected, cell
+        assert cell.worst > 30 if cell.rule == "slerp" else cell.worst == 0
+    results = {"cells": [vars(c) for c in cells], "machine": {"mergekit": {"mergekit": "9"}}, "date": "2026-01-01"}
+    shown = module("parity_table").markdown(results)
+    assert "| `linear` | 0 / 0 |" in shown
+    assert "| `passthrough` | refused / refused |" in shown
+    assert "16 give the same model" not in shown
+    assert "8 give the same model up to rounding, in 8 some entries differ by more, 8 stop one of the tools" in shown
