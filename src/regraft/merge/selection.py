@@ -143,8 +143,9 @@ class _Search32:
         self._rows, self._count = len(targets), len(targets[0])
         self._lock = threading.Lock()
         self._threads: dict[int, _Tables] = {}
-        self._firsts, self._width = np.zeros((self._rows, 0), np.uint32), _GUESSED
-        self._likely = np.zeros_like(self._firsts)  # keys that the wanted values may well have
+        self._firsts: Any = np.zeros((self._rows, 0), np.uint32)
+        self._width = _GUESSED
+        self._likely: Any = np.zeros_like(self._firsts)  # keys that the wanted values may well have
         self._top = np.zeros((self._rows, _BINS), np.int64)
         self._clear_low()
 
