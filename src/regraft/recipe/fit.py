@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -45,6 +45,7 @@ def check_config(
     *,
     decided: bool,
     excluded: Sequence[re.Pattern[str]],
+    settled: Collection[str] = (),
     where: str,
 ) -> list[str]:
     """Remarks on configurations under which the same weights compute something else.
@@ -52,6 +53,7 @@ def check_config(
     Args:
         decided: the recipe says whose configuration the output takes. Label maps are no matter of choice while the
             head is merged, and none at all while it is not.
+        settled: keys that other parts of the plan see to.
 
     Raises:
         UserError: RG207 for such configurations unless `decided`.
@@ -65,7 +67,7 @@ def check_config(
             labels = difference.key in LABEL_KEYS
             if labels and not head_merged:
                 continue
-            for obstacle in of_config(mine, _compared(other, layouts), [difference], ignore=frozenset()):
+            for obstacle in of_config(mine, _compared(other, layouts), [difference], ignore=frozenset(settled)):
                 if labels or not decided:
                     raise UserError(obstacle.code, obstacle.reason, where=where, fix=obstacle.fix)
                 remarks.append(obstacle.reason)
@@ -88,7 +90,7 @@ def check_tokenizers(
     for other in others:
         for obstacle in of_vocabulary(mine, _compared(other, layouts)):
             if not decided:
-                fix = f"{obstacle.fix}, or say whose tokenizer to take by tokenizer_from"
+                fix = f"{obstacle.fix}, or choose whose vocabulary to take by tokenizer, whose files by tokenizer_from"
                 raise UserError(obstacle.code, obstacle.reason, where=where, fix=fix)
             remarks.append(obstacle.reason)
     return remarks
@@ -111,13 +113,14 @@ def matching(name: str, reference: TensorSource, member: Member, *, layout: Layo
     """
     source = member.find(name)
     if source is None:
-        raise _missing(name, member, layout, where)
+        raise missing(name, member, layout, where)
     if source.shape != reference.shape:
         raise _other_shape(name, source, reference, member, layout, where)
     return source
 
 
-def _missing(name: str, member: Member, layout: Layout, where: str) -> UserError:
+def missing(name: str, member: Member, layout: Layout, where: str) -> UserError:
+    """The error for a tensor that a member lacks."""
     tied = dict(layout.tied)
     if name in tied and member.find(tied[name]) is not None:
         what = f"{member.name} has no {name}: it is tied to {tied[name]} there, and separate in another model"
@@ -140,7 +143,7 @@ def _other_shape(
     words = role == "embedding" or (role == "head" and source.shape[0] == vocabulary)
     if words and len(source.shape) == 2 and source.shape[1:] == reference.shape[1:]:
         what = f"the vocabularies differ: {shapes}"
-        return UserError("RG204", what, where=where, fix="resize them to one vocabulary, or exclude embedding and head")
+        return UserError("RG204", what, where=where, fix="say whose vocabulary the result gets by tokenizer")
     return UserError("RG201", shapes, where=where, fix="exclude it, or merge models of one architecture")
 
 
