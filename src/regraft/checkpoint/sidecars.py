@@ -42,6 +42,7 @@ MODEL_FILES = (
 _TEMPLATES = "additional_chat_templates"
 # Of the tokenizer's files those that list no tokens.
 _WITHOUT_VOCABULARY = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.", _TEMPLATES)
+_ADDED = "added_tokens_decoder"
 _MODULE_FOLDER = re.compile(r"\d+_\w+")  # sentence-transformers: 1_Pooling, 2_Normalize, ...
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".onnx")
 _STALE = ("_name_or_path", "quantization_config", "torch_dtype", "_commit_hash")
@@ -93,7 +94,9 @@ def copy_sidecars(
         target = staging / name
         target.parent.mkdir(exist_ok=True)
         if name == "tokenizer_config.json":
-            _copy_tokenizer_config(source, target, own_template=chat_template is not None)
+            _copy_tokenizer_config(
+                source, target, own_template=chat_template is not None, tokenizer_json=tokenizer_json
+            )
         elif name == "generation_config.json" and generation_changes:
             _write_json(target, {**read_json(source), **generation_changes})
         else:
@@ -255,13 +258,17 @@ def _configs(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from _configs(value)
 
 
-def _copy_tokenizer_config(source: Path, target: Path, *, own_template: bool) -> None:
+def _copy_tokenizer_config(source: Path, target: Path, *, own_template: bool, tokenizer_json: str | None) -> None:
     config = read_json(source)
     stale = [key for key in _PATH_KEYS if isinstance(config.get(key), str) and Path(config[key]).is_absolute()]
     if own_template and "chat_template" in config:
         stale.append("chat_template")
-    if stale:
-        _write_json(target, {key: value for key, value in config.items() if key not in stale})
+    changes: dict[str, Any] = {}
+    if tokenizer_json is not None and _ADDED in config:  # where it is there, it counts instead of tokenizer.json
+        entries = [dict(entry) for entry in json.loads(tokenizer_json)["added_tokens"]]
+        changes[_ADDED] = {str(entry.pop("id")): entry for entry in entries}
+    if stale or changes:
+        _write_json(target, {key: value for key, value in {**config, **changes}.items() if key not in stale})
     else:
         shutil.copyfile(source, target)
 

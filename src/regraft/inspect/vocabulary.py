@@ -1,8 +1,13 @@
 """The tokens of a tokenizer.json with their numbers, and one that has those of several.
 
-Tokens are added beside the vocabulary of the first tokenizer, as mergekit does: it goes on splitting text as it did,
-except where the text of an added token stands. That keeps every number of the first one, and is the only way that works
-for all kinds: merges of BPE and scores of Unigram have no meaning outside the vocabulary that they were learned with.
+United is the first tokenizer with the tokens that it lacks behind its own, so that its numbers hold. It goes on cutting
+text as it did, except where an added token of another one stands: new tokens of BPE come without merges and those of
+Unigram with the lowest scores, for merges and scores mean nothing outside the vocabulary that they were learned with.
+So a model can write these tokens, and is not made to read its own words in other pieces. WordPiece and WordLevel take
+the longest token there is, new ones too.
+
+Decided: not all as added tokens, as mergekit has it. These are found anywhere in a text, also within words, which cuts
+"model" into "mo", "de" and "l", and puts a space before the rest where ▁ stands for spaces.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from regraft.errors import UserError
 
+# Below the sum of the scores of any pieces that a word is cut into.
+_NEVER_BETTER = 1e6
 _SAVE_AGAIN = "load its tokenizer with AutoTokenizer, and save it beside the model"
 
 
@@ -59,32 +66,51 @@ def token_table(content: str, *, where: str) -> TokenTable:
 
 
 def united(
-    first: TokenTable, others: Sequence[TokenTable], more: Sequence[AddedToken] = (), *, where: str
+    first: TokenTable, others: Sequence[TokenTable], more: Mapping[str, AddedToken], *, where: str
 ) -> TokenTable:
-    """`first` with all tokens of the others, and `more`, added behind its own.
+    """`first` with all tokens of the others behind its own, and `more` added tokens.
 
     New tokens come model by model in the order of their numbers there, first those of the vocabularies, then the added
     ones. A token that is an added one anywhere is one in the result, with the settings of the first that has it.
 
     Raises:
-        UserError: RG210 if the numbers of `first` have gaps that adding would fill otherwise than it says.
+        UserError: RG210 for a kind of tokenizer that cannot be extended, or numbers that the library would not keep.
     """
-    whole = Tokenizer.from_str(first.content)
-    settings: dict[str, AddedToken] = {}
+    added: dict[str, AddedToken] = {}
     for table in (first, *others):
         for token, setting in table.added.items():
-            settings.setdefault(token, setting)
-    for other in others:
-        new = [token for token in other.ids if token not in first.ids and token not in settings]
-        whole.add_tokens(sorted(new, key=other.ids.__getitem__))
-    for setting in [*settings.values(), *more]:
-        # Special tokens are skipped in decoding; which list a token is in follows from its own setting alone.
-        (whole.add_special_tokens if setting.special else whole.add_tokens)([setting])
-    found = token_table(whole.to_str(pretty=True), where=where)
-    if found.ids != whole.get_vocab(with_added_tokens=True) or any(found.ids[t] != i for t, i in first.ids.items()):
-        what = "its tokenizer.json gives other numbers to its tokens when some are added"
+            added.setdefault(token, setting)
+    added |= {token: setting for token, setting in more.items() if token not in added}
+    new = [t for other in others for t in sorted(other.ids, key=other.ids.__getitem__) if t not in added]
+    ids = dict(first.ids)
+    ids |= {t: first.size + i for i, t in enumerate(dict.fromkeys(t for t in [*new, *added] if t not in first.ids))}
+    content = json.loads(first.content)
+    content["model"]["vocab"] = _extended(content["model"], ids, where)
+    content["added_tokens"] = [
+        {"id": ids[token], **_settings(added[token])} for token in sorted(added, key=ids.__getitem__)
+    ]
+    found = token_table(json.dumps(content, ensure_ascii=False, indent=2), where=where)
+    if found.ids != ids:
+        what = "the tokens of its tokenizer.json have numbers that do not stay when others are added"
         raise UserError("RG210", what, where=where, fix="choose the tokenizer of one of the models as the source")
     return found
+
+
+def _extended(model: Mapping[str, Any], ids: Mapping[str, int], where: str) -> Any:
+    """The vocabulary with all tokens, also the added ones, whose numbers hold only if they stand there."""
+    old = model.get("vocab")
+    if isinstance(old, Mapping):
+        return dict(sorted(ids.items(), key=lambda item: item[1]))
+    if isinstance(old, list):  # Unigram: tokens with scores, numbered by their place
+        lowest = min((score for _, score in old), default=0.0) - _NEVER_BETTER
+        return [*old, *([token, lowest] for token in sorted(ids, key=ids.__getitem__)[len(old) :])]
+    what = f"tokens cannot be added to a tokenizer of the kind {model.get('type')}"
+    raise UserError("RG210", what, where=where, fix="choose the tokenizer of one of the models as the source")
+
+
+def _settings(token: AddedToken) -> dict[str, Any]:
+    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {name: getattr(token, name) for name in names}
 
 
 def _kind(steps: Mapping[str, Any]) -> str:

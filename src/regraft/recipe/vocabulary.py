@@ -251,7 +251,7 @@ def _output(
             fix = "take the tokenizer of one of them as the source: the same text is not the same token in both"
             raise UserError("RG210", what, where=choice.where, fix=fix)
     known = set(first.ids).union(*(one.ids for one in others))
-    more = [_setting(token, row, tables) for token, row in choice.tokens.items() if token not in known]
+    more = {token: _setting(token, row, tables) for token, row in choice.tokens.items() if token not in known}
     if not more and all(
         token in first.ids and (token not in o.added or token in first.added) for o in others for token in o.ids
     ):
