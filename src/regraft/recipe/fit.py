@@ -14,6 +14,8 @@ from regraft.inspect.config_keys import config_differences
 from regraft.inspect.obstacles import LABEL_KEYS, Model, of_architecture, of_config, of_vocabulary
 from regraft.inspect.tokenizer import TokenizerFacts, tokenizer
 
+_CHOOSE = "say by tokenizer whose vocabulary the result gets, such as tokenizer: union"
+
 
 @dataclass(frozen=True)
 class Member:
@@ -56,7 +58,7 @@ def check_config(
         settled: keys that other parts of the plan see to.
 
     Raises:
-        UserError: RG207 for such configurations unless `decided`.
+        UserError: RG207 for such configurations unless `decided`, RG204 for vocabularies of different sizes.
     """
     remarks = []
     mine = _compared(template, layouts)
@@ -68,6 +70,8 @@ def check_config(
             if labels and not head_merged:
                 continue
             for obstacle in of_config(mine, _compared(other, layouts), [difference], ignore=frozenset(settled)):
+                if difference.key == mine.layout.vocabulary_key and not decided:
+                    raise UserError("RG204", obstacle.reason, where=where, fix=_CHOOSE)
                 if labels or not decided:
                     raise UserError(obstacle.code, obstacle.reason, where=where, fix=obstacle.fix)
                 remarks.append(obstacle.reason)
@@ -90,7 +94,7 @@ def check_tokenizers(
     for other in others:
         for obstacle in of_vocabulary(mine, _compared(other, layouts)):
             if not decided:
-                fix = f"{obstacle.fix}, or choose whose vocabulary to take by tokenizer, whose files by tokenizer_from"
+                fix = f"{obstacle.fix}, {_CHOOSE}, or by tokenizer_from whose files"
                 raise UserError(obstacle.code, obstacle.reason, where=where, fix=fix)
             remarks.append(obstacle.reason)
     return remarks
@@ -143,7 +147,7 @@ def _other_shape(
     words = role == "embedding" or (role == "head" and source.shape[0] == vocabulary)
     if words and len(source.shape) == 2 and source.shape[1:] == reference.shape[1:]:
         what = f"the vocabularies differ: {shapes}"
-        return UserError("RG204", what, where=where, fix="say whose vocabulary the result gets by tokenizer")
+        return UserError("RG204", what, where=where, fix=_CHOOSE)
     return UserError("RG201", shapes, where=where, fix="exclude it, or merge models of one architecture")
 
 
