@@ -13,10 +13,13 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from typer.testing import CliRunner
 
 from farm_tools import edit_config
 from models import save_fine_tune
 from regraft.checkpoint.lineage import Lineage
+from regraft.checkpoint.writer import ModelWriter
+from regraft.cli.main import app
 from regraft.errors import UserError
 from regraft.recipe import parse_recipe
 from regraft.recipe.plan import make_plan
@@ -337,6 +340,42 @@ def test_what_is_chosen_is_part_of_the_key(llamas: Path, tmp_path: Path) -> None
     assert run(recipe(llamas, "union"), tmp_path / "out").artefacts["x"] == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     assert run(recipe(llamas, "chat"), tmp_path / "out").artefacts["x"] != first
+
+
+def test_a_merge_that_was_stopped_goes_on(llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = "{source: union, pad_to_multiple_of: 64}"
+    whole = made(llamas, tmp_path / "whole", tokenizer)
+    finish, done = ModelWriter.finish, []
+
+    def stopping(self: ModelWriter, name: str, facts: Mapping[str, Any]) -> None:
+        finish(self, name, facts)
+        done.append(name)
+        if len(done) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelWriter, "finish", stopping)
+        with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+            made(llamas, tmp_path / "out", tokenizer, settings=Settings(force=True, workers=1))
+    done.clear()
+    monkeypatch.setattr(ModelWriter, "finish", lambda *given: (done.append(given[1]), finish(*given))[1])
+    out = made(llamas, tmp_path / "out", tokenizer, settings=Settings(force=True, workers=1))
+    assert len(done) == len(load_file(out / "model.safetensors")) - 5
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_command_prints_what_becomes_of_the_tokens(llamas: Path, tmp_path: Path) -> None:
+    path = llamas / "printed.yaml"
+    path.write_text(f"{MODELS}steps:\n  x: {{{LINEAR}, tokenizer: union}}\n")
+    printed = CliRunner().invoke(app, ["plan", str(path), "--force"])
+    assert printed.exit_code == 0, printed.output
+    text = " ".join(printed.output.split())
+    assert "union of the vocabularies: " in text
+    assert "base: 300 tokens stay in their rows; 2 ('<|im_start|>', '<|im_end|>') filled with rows of chat" in text
+    as_json = CliRunner().invoke(app, ["plan", str(path), "--json"])
+    told = json.loads(as_json.stdout)["steps"][0]["vocabulary"]
+    assert told["models"]["chat"]["moved"]["count"] == 2
 
 
 def test_a_later_step_plans_with_the_united_vocabulary(llamas: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -43,7 +44,7 @@ class TokenTable:
     kind: str
     content: str
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Rows that a model needs for it: one more than the largest number."""
         return max(self.ids.values(), default=-1) + 1
