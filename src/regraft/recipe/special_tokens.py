@@ -54,7 +54,9 @@ def _translation(vocabulary: Vocabulary, template: Checkpoint) -> Callable[[Any]
         """A number, or a list of them, in the new vocabulary; those of tokens that it lacks are left out."""
         if isinstance(value, list):
             return [n for n in map(translated, value) if n is not None]
-        return vocabulary.table.ids.get(tokens.get(value, "")) if isinstance(value, int) else value
+        if not isinstance(value, int):
+            return value
+        return vocabulary.table.ids.get(tokens[value]) if value in tokens else None
 
     return translated
 
