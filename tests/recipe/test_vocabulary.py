@@ -484,6 +484,19 @@ def test_vocabularies_that_differ_are_refused_where_nothing_is_chosen(llamas: Pa
     assert caught.value.code == "RG204"
 
 
+def test_the_word_base_is_the_steps_unless_a_model_has_this_name() -> None:
+    def source(names: str, body: str, of: str = "base") -> str | None:
+        (step,) = parse_recipe(f"models: {{{names}}}\nsteps:\n  x: {{{body}, tokenizer: {of}}}\n").steps
+        return step.vocabulary.source  # type: ignore[union-attr]
+
+    assert source("a: ./a, b: ./b", "merge: linear, base: b, models: [a]") == "b"
+    assert source("base: ./base, b: ./b", "merge: linear, base: b, models: [base]") == "base"
+    assert source("a: ./a, b: ./b", "merge: linear, models: [a, b]", "union") is None
+    with pytest.raises(UserError, match="the step has no base") as caught:
+        source("a: ./a, b: ./b", "merge: linear, models: [a, b]")
+    assert caught.value.code == "RG304"
+
+
 def obstacle(folder: Path, tokenizer: str, code: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
         make_plan(recipe(folder, tokenizer))

@@ -266,9 +266,19 @@ class _Merge:
         if "tokenizer_from" in self.items:
             fix = "give tokenizer alone, for vocabularies that differ, or tokenizer_from for files"
             raise field.error("RG303", "the step has tokenizer and tokenizer_from", fix)
+        word = None if self._is_name("base") else base
         if not field.is_mapping:
-            return read_source(field, self.names.one, base)
-        return read_tokenizer(field, self.names.one, base, union_by_default=False)
+            return read_source(field, self._token_model, word)
+        return read_tokenizer(field, self._token_model, word, union_by_default=False)
+
+    def _is_name(self, text: str) -> bool:
+        return text in self.names.models or text in self.names.done
+
+    def _token_model(self, field: Field) -> str:
+        if field.value == "base" and not self._is_name("base"):
+            what = f"{field.key} is base, and the step has no base"
+            raise field.error("RG304", what, "add base, or name a model")
+        return self.names.one(field)
 
     def _chat_template(self) -> str | None:
         if "chat_template" not in self.items:
