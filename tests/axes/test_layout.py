@@ -197,6 +197,25 @@ def test_tied_pairs_are_those_that_transformers_shares(family: str) -> None:
         assert all(canonical in shapes for canonical in pairs.values() if canonical.endswith("weight"))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vocabulary_is_counted_by_just_the_dimensions_that_have_its_size(family: str) -> None:
+    size = 101  # of nothing else
+    for make in _classes(family):
+        config = _config(family)
+        text = getattr(config, "text_config", config)
+        if hasattr(text, "vocab_size"):
+            text.vocab_size = size
+        written, shapes = saved(_build(make, config))
+        found = layout(written, shapes)
+        axes = {name: found.vocabulary_axis(name) for name in shapes}
+        assert {n: a for n, a in axes.items() if a is not None} == {
+            n: shape.index(size) for n, shape in shapes.items() if size in shape
+        }
+        if found.tokens in shapes:
+            assert axes[found.tokens] == 0
+            assert count_of(written, found.vocabulary_key) == size
+
+
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_a_state_dict_without_a_configuration_is_read_by_the_table_that_explains_it(family: str) -> None:
     for _, config, shapes, model in examples(family)[:2]:

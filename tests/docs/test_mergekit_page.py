@@ -66,12 +66,6 @@ REFUSED = {
     "`base_model`": [
         LINEAR_SLICES.format(", ".join(SLICE.format(base=f"base_model: org/{b}, ", more="") for b in ("a", "b")))
     ],
-    "`tokenizer_source: union`": [
-        f"{TIES}{line}\n"
-        for line in ("tokenizer_source: union", "tokenizer: {source: union}", "tokenizer: {pad_to_multiple_of: null}")
-    ],
-    "`tokens`": [f"{TIES}tokenizer: {{source: base, tokens: {{x: {{source: org/a}}}}}}\n"],
-    "`pad_to_multiple_of`": [f"{TIES}tokenizer: {{source: base, pad_to_multiple_of: 8}}\n"],
     "`residual_weight`": [LINEAR_SLICES.format(SLICE.format(base="", more=", residual_weight: 0.1"))],
     "`override_architecture`": [
         TIES.replace("model: org/a", "model: {model: org/a, override_architecture: LlamaForCausalLM}")

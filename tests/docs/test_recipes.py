@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 from farm_tools import write_tokenizer
 from models import save_fine_tune, save_model
@@ -71,6 +73,8 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for folder in (base, *(root / kind / name for name in MODELS)):
             if kind != "vit":
                 write_tokenizer(folder)
+    grown = shutil.copytree(root / "shallow", root / "words")
+    add_tokens(grown / "org" / "instruct", ("<|im_start|>", "<|im_end|>"))
     words = [f"w{i}" for i in range(40)]
     rows = [{"text": " ".join(words[i : i + 20])} for i in range(8)]
     for name in ("texts", "domain", "general", "test"):
@@ -82,13 +86,21 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def add_tokens(folder: Path, tokens: tuple[str, ...]) -> None:
+    """Another tokenizer for a model, and rows for what it has more."""
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(model.config.vocab_size + len(tokens))
+    model.save_pretrained(folder)
+    write_tokenizer(folder, added=tokens)
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def workplace(farm: Path, text: str, folder: Path) -> Path:
     """A folder in which the references and data of `text` are there."""
-    needs = {"accuracy": "vit", "similarity": "bert", ", 32]": "deep"}
+    needs = {"tokenizer:": "words", "accuracy": "vit", "similarity": "bert", ", 32]": "deep"}
     kind = next((kind for word, kind in needs.items() if word in text), "shallow")
     for entry in (farm / kind).iterdir():
         (folder / entry.name).symlink_to(entry)

@@ -35,9 +35,10 @@ CONFIG: dict[str, Any] = {
     "transformers_version": "5.0.0",
     "_name_or_path": "somewhere",
 }
+_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 TOKENIZER: dict[str, Any] = {
     "version": "1.0",
-    "added_tokens": [{"id": 0, "content": "<s>", "special": True}, {"id": 1, "content": "</s>", "special": True}],
+    "added_tokens": [{"id": 0, "content": "<s>", **_ADDED}, {"id": 1, "content": "</s>", **_ADDED}],
     "normalizer": {"type": "NFC"},
     "pre_tokenizer": {"type": "Whitespace"},
     "post_processor": None,
@@ -45,7 +46,7 @@ TOKENIZER: dict[str, Any] = {
     "model": {
         "type": "BPE",
         "vocab": {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4},
-        "merges": ["a b", ["a", "b"]],
+        "merges": [["a", "b"]],
         "unk_token": None,
     },
 }

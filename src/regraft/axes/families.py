@@ -8,7 +8,7 @@ stands for one component, and the longest match counts. This is the only place o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Family:
         always_tied: pairs that share one tensor whatever the configuration says.
         ties_by_default: what a missing `tie_word_embeddings` means.
         tokens: the embedding of tokens, one row each.
+        vocabulary: tensors with an entry per token -> the dimension along which these are counted.
+        vocabulary_size: the key of config.json with the number of these entries, dotted for nested configurations.
         positions: how the model knows positions: "rotary", "learned", "relative".
         padded_positions: the table of learned positions has rows before the first one, up to the padding token's id.
     """
@@ -60,6 +62,8 @@ class Family:
     always_tied: tuple[tuple[str, str], ...] = ()
     ties_by_default: bool = False
     tokens: str = ""
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
+    vocabulary_size: str = "vocab_size"
     positions: str = ""
     padded_positions: bool = False
 
@@ -69,6 +73,13 @@ _BEFORE = Outside("", "before")
 _AFTER = Outside("", "after")
 _NORM = Outside("norm", "after")
 _HEAD = Outside("head", "after")
+
+
+def _by_row(*names: str) -> dict[str, int]:
+    """Tensors whose first dimension counts tokens."""
+    return dict.fromkeys(names, 0)
+
+
 # Heads that transformers puts on any base model.
 _HEADS = dict.fromkeys(("lm_head", "score", "classifier", "qa_outputs"), _HEAD)
 
@@ -90,6 +101,7 @@ LLAMA = Family(
     buffers=("rotary_emb.inv_freq", "self_attn.rotary_emb.inv_freq"),
     tied=(("lm_head.weight", "embed_tokens.weight"),),
     tokens="embed_tokens.weight",
+    vocabulary=_by_row("embed_tokens.weight", "lm_head.weight", "lm_head.bias"),
     positions="rotary",
 )
 _LLAMA_TIED = replace(LLAMA, ties_by_default=True)
@@ -110,6 +122,7 @@ GPT2 = Family(
     tied=(("lm_head.weight", "wte.weight"),),
     ties_by_default=True,
     tokens="wte.weight",
+    vocabulary=_by_row("wte.weight", "lm_head.weight"),
     positions="learned",
 )
 
@@ -136,12 +149,16 @@ BERT = Family(
     tied=(("cls.predictions.decoder.weight", _WORDS), ("cls.predictions.decoder.bias", "cls.predictions.bias")),
     ties_by_default=True,
     tokens=_WORDS,
+    vocabulary=_by_row(
+        _WORDS, "cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "cls.predictions.bias"
+    ),
     positions="learned",
 )
 ROBERTA = replace(
     BERT,
     prefixes=("roberta.",),
     tied=(("lm_head.decoder.weight", _WORDS), ("lm_head.decoder.bias", "lm_head.bias")),
+    vocabulary=_by_row(_WORDS, "lm_head.decoder.weight", "lm_head.decoder.bias", "lm_head.bias"),
     padded_positions=True,
 )
 ELECTRA = replace(
@@ -156,6 +173,7 @@ ELECTRA = replace(
     },
     prefixes=("electra.",),
     tied=(("generator_lm_head.weight", _WORDS),),
+    vocabulary=_by_row(_WORDS, "generator_lm_head.weight", "generator_lm_head.bias"),
 )
 DISTILBERT = Family(
     stacks={"": Stack(("transformer.layer",), "n_layers")},
@@ -174,6 +192,7 @@ DISTILBERT = Family(
     tied=(("vocab_projector.weight", _WORDS),),
     ties_by_default=True,
     tokens=_WORDS,
+    vocabulary=_by_row(_WORDS, "vocab_projector.weight", "vocab_projector.bias"),
     positions="learned",
 )
 
@@ -202,6 +221,7 @@ T5 = Family(
     always_tied=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")),
     ties_by_default=True,
     tokens="shared.weight",
+    vocabulary=_by_row("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
     positions="relative",
 )
 
@@ -253,6 +273,8 @@ CLIP = Family(
     inside=_CLIP_LAYER,
     buffers=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
     tokens="text_model.embeddings.token_embedding.weight",
+    vocabulary=_by_row("text_model.embeddings.token_embedding.weight"),
+    vocabulary_size="text_config.vocab_size",
     positions="learned",
 )
 CLIP_TEXT = Family(
@@ -262,6 +284,7 @@ CLIP_TEXT = Family(
     prefixes=("text_model.",),
     buffers=("embeddings.position_ids",),
     tokens="embeddings.token_embedding.weight",
+    vocabulary=_by_row("embeddings.token_embedding.weight"),
     positions="learned",
 )
 CLIP_VISION = replace(
@@ -269,6 +292,7 @@ CLIP_VISION = replace(
     outside={**_CLIP_VISION, "visual_projection": _AFTER, **_HEADS},
     prefixes=("vision_model.",),
     tokens="",
+    vocabulary={},
 )
 
 # `model_type` of config.json -> table. Each of them is checked against a real model in tests/axes.

@@ -79,6 +79,18 @@ class Layout:
         """The name that this tensor has in a base model without a head, for a family with a table; else `name`."""
         return self._scheme.bare(name)
 
+    def vocabulary_axis(self, name: str) -> int | None:
+        """The dimension of a tensor that counts the tokens of the vocabulary; None if none of them does.
+
+        Only the table of a family tells; where there is none, `known` is False and nothing is said of any tensor.
+        """
+        return self.table.vocabulary.get(self.bare(name)) if self.table is not None else None
+
+    @property
+    def vocabulary_key(self) -> str:
+        """The configuration's key of the size of the vocabulary, dotted if nested."""
+        return self.table.vocabulary_size if self.table is not None else "vocab_size"
+
     def unplaced(self, names: Collection[str]) -> list[str]:
         """The names among `names` that the family's table, or the inference, says nothing of."""
         return [name for name in names if not _explained(self._scheme, name)]

@@ -138,6 +138,7 @@ class Lineage(_Record):
     copied: list[str] = Field([], description="tensors taken bit for bit, folded")
     seeds: dict[str, int] = {}
     sources: dict[str, str] = Field({}, description="which input gave config, tokenizer, generation config")
+    vocabulary: dict[str, Any] = Field({}, description="what became of each model's tokens, where vocabularies differ")
     output: Output | None = None
     licence: str | None = None
     software: Software = Field(default_factory=Software)

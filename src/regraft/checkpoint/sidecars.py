@@ -40,6 +40,9 @@ MODEL_FILES = (
     "modules.json", "sentence_*_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
+# Of the tokenizer's files those that list no tokens.
+_WITHOUT_VOCABULARY = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.", _TEMPLATES)
+_ADDED = "added_tokens_decoder"
 _MODULE_FOLDER = re.compile(r"\d+_\w+")  # sentence-transformers: 1_Pooling, 2_Normalize, ...
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".onnx")
 _STALE = ("_name_or_path", "quantization_config", "torch_dtype", "_commit_hash")
@@ -55,6 +58,8 @@ def copy_sidecars(
     dtype: torch.dtype,
     generation_from: Checkpoint | None = None,
     chat_template: str | None = None,
+    tokenizer_json: str | None = None,
+    generation_changes: Mapping[str, Any] | None = None,
     remote_code: bool = False,
 ) -> list[str]:
     """Write every file of the model but its weights, lineage and card.
@@ -67,6 +72,8 @@ def copy_sidecars(
         dtype: what the weights are stored as.
         generation_from: the model whose generation config is taken, `config_from` if None.
         chat_template: Jinja text that replaces the tokenizer's template.
+        tokenizer_json: text that replaces that file; then no other file with a vocabulary is taken.
+        generation_changes: values by key that differ in generation_config.json, if there is one.
         remote_code: copy Python files of the model's folder; without it a remark names them.
 
     Returns:
@@ -80,13 +87,18 @@ def copy_sidecars(
         tokenizer_from=tokenizer_from,
         generation_from=generation_from,
         own_template=chat_template is not None,
+        own_vocabulary=tokenizer_json is not None,
         remote_code=remote_code,
     )
     for name, source in sources.items():
         target = staging / name
         target.parent.mkdir(exist_ok=True)
         if name == "tokenizer_config.json":
-            _copy_tokenizer_config(source, target, own_template=chat_template is not None)
+            _copy_tokenizer_config(
+                source, target, own_template=chat_template is not None, tokenizer_json=tokenizer_json
+            )
+        elif name == "generation_config.json" and generation_changes:
+            _write_json(target, {**read_json(source), **generation_changes})
         else:
             shutil.copyfile(source, target)
     written = set(sources)
@@ -96,6 +108,9 @@ def copy_sidecars(
     if chat_template is not None:
         (staging / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         written.add("chat_template.jinja")
+    if tokenizer_json is not None:
+        (staging / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+        written.add("tokenizer.json")
     return sorted(written)
 
 
@@ -105,6 +120,7 @@ def sidecar_files(
     tokenizer_from: Checkpoint,
     generation_from: Checkpoint | None = None,
     own_template: bool = False,
+    own_vocabulary: bool = False,
     remote_code: bool = False,
 ) -> dict[str, Path]:
     """The files that `copy_sidecars` would copy, by name: for plans, which add up their sizes.
@@ -113,6 +129,8 @@ def sidecar_files(
         UserError: as `copy_sidecars`.
     """
     found = dict(_tokenizer_files(tokenizer_from, own_template=own_template))
+    if own_vocabulary:
+        found = {name: path for name, path in found.items() if name.startswith(_WITHOUT_VOCABULARY)}
     found |= _matching(config_from, MODEL_FILES)
     found |= _matching(generation_from or config_from, ("generation_config.json",))
     found |= _module_folders(config_from, found)
@@ -240,13 +258,17 @@ def _configs(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from _configs(value)
 
 
-def _copy_tokenizer_config(source: Path, target: Path, *, own_template: bool) -> None:
+def _copy_tokenizer_config(source: Path, target: Path, *, own_template: bool, tokenizer_json: str | None) -> None:
     config = read_json(source)
     stale = [key for key in _PATH_KEYS if isinstance(config.get(key), str) and Path(config[key]).is_absolute()]
     if own_template and "chat_template" in config:
         stale.append("chat_template")
-    if stale:
-        _write_json(target, {key: value for key, value in config.items() if key not in stale})
+    changes: dict[str, Any] = {}
+    if tokenizer_json is not None and _ADDED in config:  # where it is there, it counts instead of tokenizer.json
+        entries = [dict(entry) for entry in json.loads(tokenizer_json)["added_tokens"]]
+        changes[_ADDED] = {str(entry.pop("id")): entry for entry in entries}
+    if stale or changes:
+        _write_json(target, {key: value for key, value in {**config, **changes}.items() if key not in stale})
     else:
         shutil.copyfile(source, target)
 

@@ -70,6 +70,8 @@ def _show_evaluation(console: Console, step: Mapping[str, Any]) -> None:
 
 
 def _show_merge(console: Console, step: Mapping[str, Any]) -> None:
+    from regraft.recipe.vocabulary_report import sentences
+
     base = f" on {step['base']}" if step["base"] else ""
     title = f"{step['step']}: {step['merge']} of {', '.join(step['models'])}{base}"
     console.print(title, markup=False, style="bold")
@@ -80,6 +82,8 @@ def _show_merge(console: Console, step: Mapping[str, Any]) -> None:
     ]
     if step["config_changes"]:
         lines.append(f"configuration changes: {value_in_words(step['config_changes'])}")
+    if step["vocabulary"]:
+        lines += sentences(step["vocabulary"])
     for line in lines:
         console.print(f"  {line}", markup=False)
     _show_values(console, step)

@@ -87,7 +87,7 @@ def of_tensors(a: Model, b: Model) -> Iterator[Obstacle]:
         rows = len(mine) == len(theirs) > 0 and mine[1:] == theirs[1:]
         if rows and a.layout.place(name).role == "embedding" and name == a.layout.tokens:
             reason = f"{a.name} has {mine[0]} tokens and {b.name} has {theirs[0]}"
-            yield Obstacle("RG204", reason, "resize both to one vocabulary")
+            yield Obstacle("RG204", reason, "say in the recipe, by tokenizer, whose vocabulary the result gets")
     for name, mine, theirs in shapes:
         head = a.layout.place(name).role == "head"
         reason = f"{name} has shape {list(mine)} in {a.name} and {list(theirs)} in {b.name}"

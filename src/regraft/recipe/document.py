@@ -45,6 +45,37 @@ class Slice:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenRow:
+    """Where a model takes the row of a token from if it lacks the token, or in any case if `force`.
+
+    `model` None: a row of zeros. Without `token` and `token_id` it is that model's row of the same token.
+    """
+
+    model: str | None
+    token: str | None = None
+    token_id: int | None = None
+    force: bool = False
+    where: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyChoice:
+    """The vocabulary of a merge's output.
+
+    Attributes:
+        source: the model whose tokenizer it is; None for the union of all, built on that of the base or first model.
+        tokens: rows that the recipe chooses; tokens that the tokenizer lacks are added to it.
+        pad_to_multiple_of: the number of rows is rounded up to a multiple of it; None to leave it as it is.
+        where: file, step and line, for messages.
+    """
+
+    source: str | None
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
+    pad_to_multiple_of: int | None = None
+    where: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class MergeStep:
     """One merge.
 
@@ -56,6 +87,7 @@ class MergeStep:
         settings: options for all models and tensors, the widest level.
         dtype, out_dtype: names such as "bfloat16"; `dtype` is mergekit's and stands for `out_dtype` where that is None.
         exclude: regular expressions of tensors that are copied from the template.
+        vocabulary: how vocabularies that differ become one; None where they have to agree.
         chat_template: Jinja text, or None for the tokenizer's own.
         seed: for rules that draw.
         dialect: "regraft" or "mergekit": whose defaults hold.
@@ -74,6 +106,7 @@ class MergeStep:
     exclude: tuple[str, ...] = ()
     config_from: str | None = None
     tokenizer_from: str | None = None
+    vocabulary: VocabularyChoice | None = None
     chat_template: str | None = None
     seed: int = 0
     dialect: str = "regraft"

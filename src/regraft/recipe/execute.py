@@ -75,6 +75,8 @@ def execute(
                 config_changes=plan.config_changes,
                 dtype=_main_dtype(plan),
                 chat_template=plan.step.chat_template,
+                tokenizer_json=plan.vocabulary.tokenizer_json if plan.vocabulary is not None else None,
+                generation_changes=plan.generation_changes,
             )
             copy_licences(writer.staging, parents)
         outcome = run_jobs(
@@ -191,7 +193,8 @@ def _begin(plan: MergePlan, recipe: Recipe) -> Lineage:
         options=group_options(merged),
         copied=fold_names(copied),
         seeds={"merge": plan.seed},
-        sources={"config": plan.template.name, "tokenizer": plan.step.tokenizer_from or plan.template.name},
+        sources={"config": plan.template.name, "tokenizer": _tokenizer_source(plan)},
+        vocabulary=dict(plan.vocabulary.report) if plan.vocabulary is not None else {},
         output=Output(
             tensors=len(plan.specs),
             parameters=sum(j.info.numel for j in plan.jobs),
@@ -200,6 +203,12 @@ def _begin(plan: MergePlan, recipe: Recipe) -> Lineage:
         ),
         licence=plan.licence.licence,
     )
+
+
+def _tokenizer_source(plan: MergePlan) -> str:
+    if plan.vocabulary is not None:
+        return plan.vocabulary.giver.name
+    return plan.step.tokenizer_from or plan.template.name
 
 
 def _main_dtype(plan: MergePlan) -> torch.dtype:

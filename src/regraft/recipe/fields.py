@@ -98,6 +98,22 @@ class Field:
             raise self._mistyped(expected)
         return self.node.text.strip()
 
+    def exact_text(self, expected: str = "a text") -> str:
+        """As `text`, with the spaces at its ends.
+
+        Raises:
+            UserError: RG303.
+        """
+        if isinstance(self.node.value, (dict, tuple)) or self.is_null or not self.node.text:
+            raise self._mistyped(expected)
+        return self.node.text
+
+    def boolean(self) -> bool:
+        """true or false; RG303 otherwise."""
+        if not isinstance(self.node.value, bool):
+            raise self._mistyped("true or false")
+        return self.node.value
+
     def integer(self, low: int, high: int) -> int:
         """A whole number in [low, high]; RG303 otherwise."""
         number = self.node.value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +13,8 @@ from regraft.errors import UserError
 from regraft.inspect.config_keys import config_differences
 from regraft.inspect.obstacles import LABEL_KEYS, Model, of_architecture, of_config, of_vocabulary
 from regraft.inspect.tokenizer import TokenizerFacts, tokenizer
+
+_CHOOSE = "say by tokenizer whose vocabulary the result gets, such as tokenizer: union"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def check_config(
     *,
     decided: bool,
     excluded: Sequence[re.Pattern[str]],
+    settled: Collection[str] = (),
     where: str,
 ) -> list[str]:
     """Remarks on configurations under which the same weights compute something else.
@@ -52,9 +55,10 @@ def check_config(
     Args:
         decided: the recipe says whose configuration the output takes. Label maps are no matter of choice while the
             head is merged, and none at all while it is not.
+        settled: keys that other parts of the plan see to.
 
     Raises:
-        UserError: RG207 for such configurations unless `decided`.
+        UserError: RG207 for such configurations unless `decided`, RG204 for vocabularies of different sizes.
     """
     remarks = []
     mine = _compared(template, layouts)
@@ -65,7 +69,9 @@ def check_config(
             labels = difference.key in LABEL_KEYS
             if labels and not head_merged:
                 continue
-            for obstacle in of_config(mine, _compared(other, layouts), [difference], ignore=frozenset()):
+            for obstacle in of_config(mine, _compared(other, layouts), [difference], ignore=frozenset(settled)):
+                if difference.key == mine.layout.vocabulary_key and not decided:
+                    raise UserError("RG204", obstacle.reason, where=where, fix=_CHOOSE)
                 if labels or not decided:
                     raise UserError(obstacle.code, obstacle.reason, where=where, fix=obstacle.fix)
                 remarks.append(obstacle.reason)
@@ -88,7 +94,7 @@ def check_tokenizers(
     for other in others:
         for obstacle in of_vocabulary(mine, _compared(other, layouts)):
             if not decided:
-                fix = f"{obstacle.fix}, or say whose tokenizer to take by tokenizer_from"
+                fix = f"{obstacle.fix}, {_CHOOSE}, or by tokenizer_from whose files"
                 raise UserError(obstacle.code, obstacle.reason, where=where, fix=fix)
             remarks.append(obstacle.reason)
     return remarks
@@ -111,13 +117,14 @@ def matching(name: str, reference: TensorSource, member: Member, *, layout: Layo
     """
     source = member.find(name)
     if source is None:
-        raise _missing(name, member, layout, where)
+        raise missing(name, member, layout, where)
     if source.shape != reference.shape:
         raise _other_shape(name, source, reference, member, layout, where)
     return source
 
 
-def _missing(name: str, member: Member, layout: Layout, where: str) -> UserError:
+def missing(name: str, member: Member, layout: Layout, where: str) -> UserError:
+    """The error for a tensor that a member lacks."""
     tied = dict(layout.tied)
     if name in tied and member.find(tied[name]) is not None:
         what = f"{member.name} has no {name}: it is tied to {tied[name]} there, and separate in another model"
@@ -140,7 +147,7 @@ def _other_shape(
     words = role == "embedding" or (role == "head" and source.shape[0] == vocabulary)
     if words and len(source.shape) == 2 and source.shape[1:] == reference.shape[1:]:
         what = f"the vocabularies differ: {shapes}"
-        return UserError("RG204", what, where=where, fix="resize them to one vocabulary, or exclude embedding and head")
+        return UserError("RG204", what, where=where, fix=_CHOOSE)
     return UserError("RG201", shapes, where=where, fix="exclude it, or merge models of one architecture")
 
 

@@ -26,6 +26,8 @@ from regraft.recipe.fit import Member, check_architecture, check_config, check_t
 from regraft.recipe.planned import PlannedCheckpoint, PlannedTensor
 from regraft.recipe.resolve import Resolver, compile_patterns
 from regraft.recipe.settings import Settings
+from regraft.recipe.special_tokens import config_changes, generation_changes
+from regraft.recipe.vocabulary import Vocabulary, plan_vocabulary
 
 # Counts up when the same plan would give other weights, so that cached artefacts are not taken for current ones.
 FORMAT = 2
@@ -48,6 +50,8 @@ class MergePlan:
     licence: LicenceVerdict
     seed: int
     layout: Layout
+    vocabulary: Vocabulary | None = None
+    generation_changes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -82,6 +86,8 @@ class MergePlan:
             "config": [self.config_from.digest(), self.config_changes],
             "tokenizer": [self.tokenizer_from.digest(), self.step.chat_template],
         }
+        if self.vocabulary is not None:
+            facts["vocabulary"] = self.vocabulary.digest
         return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
     def as_checkpoint(self) -> PlannedCheckpoint:
@@ -90,7 +96,9 @@ class MergePlan:
         tensors: dict[str, TensorSource] = {s.name: PlannedTensor(s) for s in self.specs}
         files = {**self.config_from.files, **self.tokenizer_from.files}
         name = self.step.name
-        return PlannedCheckpoint(name, self.config_from.path, tensors, {}, config, files, key=self.key)
+        made = self.vocabulary.tokenizer_json if self.vocabulary is not None else None
+        path = self.config_from.path
+        return PlannedCheckpoint(name, path, tensors, {}, config, files, key=self.key, tokenizer_json=made)
 
     def table(self) -> list[dict[str, Any]]:
         """The resolved options, tensors with equal ones together, in order of the model."""
@@ -144,15 +152,29 @@ def plan_merge(
     sliced = bool(step.slices)
     if not sliced:
         check_architecture(template, everyone, layouts, where=step.where)
-    remarks = check_config(
-        template, everyone, layouts, decided=bool(step.config_from) or sliced, excluded=excluded, where=step.where
+    vocabulary = _vocabulary(step, members, [*([base] if base else []), *inputs, template], layouts)
+    remarks = list(vocabulary.remarks) if vocabulary is not None else []
+    remarks += check_config(
+        template,
+        everyone,
+        layouts,
+        decided=bool(step.config_from) or sliced,
+        excluded=excluded,
+        settled=[own.vocabulary_key] if vocabulary is not None else [],
+        where=step.where,
     )
     embedding = any(own.place(n).role == "embedding" and _kept(n, excluded) for n in template.checkpoint.tensors)
     free = bool(step.tokenizer_from) or not embedding or step.dialect == "mergekit"
-    remarks += check_tokenizers(template, everyone, layouts, decided=free, where=step.where)
+    if vocabulary is None:
+        remarks += check_tokenizers(template, everyone, layouts, decided=free, where=step.where)
     seed = settings.seed if settings.seed is not None else step.seed
     resolver = Resolver(rule, dialect=step.dialect, where=step.where, seed=seed)
-    builder = Builder(step, rule, template, base, members, layouts, resolver, excluded)
+    shown = dict(members)
+    if vocabulary is not None:
+        for name in dict.fromkeys([m.name for m in (template, *everyone)]):
+            shown[name] = vocabulary.shown(members[name], layouts, where=step.where)
+    shown_base = shown[base.name] if base is not None else None
+    builder = Builder(step, rule, shown[template.name], shown_base, shown, layouts, resolver, excluded)
     if sliced:
         jobs, changes = builder.sliced(slices)
     else:
@@ -165,6 +187,11 @@ def plan_merge(
         remarks += _check_lineage(base, inputs, step)
     specs = [TensorSpec(j.info.name, j.info.shape, j.out_dtype) for j in jobs]
     tokenizer = members[step.tokenizer_from] if step.tokenizer_from else template
+    generation: dict[str, Any] = {}
+    if vocabulary is not None:
+        tokenizer = vocabulary.giver
+        changes |= config_changes(vocabulary, template.checkpoint, own.vocabulary_key)
+        generation = generation_changes(vocabulary, template.checkpoint)
     verdict = combine([m.checkpoint for m in dict.fromkeys([template, *everyone])])
     return MergePlan(
         step,
@@ -180,8 +207,22 @@ def plan_merge(
         verdict,
         seed,
         own,
+        vocabulary,
+        generation,
         remarks,
     )
+
+
+def _vocabulary(
+    step: MergeStep, members: Mapping[str, Member], models: Sequence[Member], layouts: Mapping[str, Layout]
+) -> Vocabulary | None:
+    """The vocabulary that the step chooses, None where the models' own has to do. The base is the first of `models`."""
+    if step.vocabulary is None:
+        return None
+    owners = list(dict.fromkeys(models))
+    giver = members[step.vocabulary.source] if step.vocabulary.source else owners[0]
+    giver = next((m for m in owners if _same(m, giver)), giver)
+    return plan_vocabulary(step.vocabulary, owners, giver, layouts, has_base=step.base is not None)
 
 
 def _pieces(step: MergeStep, rule: Rule[Any], members: Mapping[str, Member], base: Member | None) -> tuple[Piece, ...]:

@@ -14,14 +14,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from regraft.errors import UserError
 from regraft.merge.rule import Rule
 from regraft.methods import methods
 from regraft.recipe.chat_templates import chat_template
-from regraft.recipe.document import MAX_MODELS, Input, MergeStep, Recipe, Setting, Slice
+from regraft.recipe.document import MAX_MODELS, Input, MergeStep, Recipe, Setting, Slice, VocabularyChoice
 from regraft.recipe.fields import Field
 from regraft.recipe.names import Names, check_name
 from regraft.recipe.option_values import OptionReader
+from regraft.recipe.tokens import read_source, read_tokenizer
 
 TOP_KEYS = (
     "merge_method",
@@ -131,6 +131,7 @@ class _Reader:
             slices = tuple(replace(s, inputs=self._base_in_front(s.inputs)) for s in slices)
         settings = self._parameters(self.top, len(self._besides_base(groups[0])))
         dtype, out_dtype = (self._dtype(key) for key in ("dtype", "out_dtype"))
+        vocabulary = self._vocabulary()
         return MergeStep(
             name=self.name,
             method=self.rule.name,
@@ -140,7 +141,8 @@ class _Reader:
             settings=settings,
             dtype=dtype,
             out_dtype=out_dtype,
-            tokenizer_from=self._tokenizer(),
+            tokenizer_from=vocabulary.source if vocabulary is not None else None,
+            vocabulary=vocabulary,
             chat_template=self._chat_template(),
             dialect="mergekit",
             where=f"{self.root.file}, line {self.top['merge_method'].node.line}, merge_method {self.rule.name}",
@@ -248,34 +250,22 @@ class _Reader:
     def _dtype(self, key: str) -> str | None:
         return self.top[key].dtype() if self._has(key) else None
 
-    def _tokenizer(self) -> str | None:
-        """The model whose tokenizer the result gets, None for the template's."""
+    def _vocabulary(self) -> VocabularyChoice | None:
         given = {k: self.top[k] for k in ("tokenizer_source", "tokenizer") if self._has(k)}
         if len(given) == 2:
             raise given["tokenizer"].error("RG303", "the recipe has tokenizer and tokenizer_source", "give one of them")
-        field = given.get("tokenizer_source")
         if "tokenizer" in given:
-            items = given["tokenizer"].check_keys(("source", "tokens", "pad_to_multiple_of"), "tokenizer")
-            for key in ("tokens", "pad_to_multiple_of"):
-                if key in items and not items[key].is_null:
-                    raise items[key].error("RG309", f"regraft does not change vocabularies ({key})", f"remove {key}")
-            field = items.get("source")
-            if field is None:
-                raise self._union(given["tokenizer"])
-        if field is None:
-            return None
-        if field.value == "union":
-            raise self._union(field)
-        if field.value == "base":
-            if self.base is None:
-                what = f"{field.key} is base, and the recipe has no base_model"
-                raise field.error("RG304", what, "add base_model, or name a model")
-            return self.base
-        return self._reference(field)
+            return read_tokenizer(given["tokenizer"], self._token_model, self.base, union_by_default=True)
+        if "tokenizer_source" in given:
+            return read_source(given["tokenizer_source"], self._token_model, self.base)
+        return None
 
-    def _union(self, field: Field) -> UserError:
-        what = "regraft does not unite vocabularies (source: union)"
-        return field.error("RG309", what, "use base or one of the models, if their vocabularies agree")
+    def _token_model(self, field: Field) -> str:
+        """A reference where the word base stands for base_model, which is not there if this is asked for it."""
+        if field.value == "base":
+            what = f"{field.key} is base, and the recipe has no base_model"
+            raise field.error("RG304", what, "add base_model, or name a model")
+        return self._reference(field)
 
     def _chat_template(self) -> str | None:
         field = self.top.get("chat_template")

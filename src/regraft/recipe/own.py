@@ -17,11 +17,22 @@ from regraft.errors import nearest
 from regraft.merge.rule import Rule
 from regraft.methods import ROOMS, method
 from regraft.recipe.chat_templates import chat_template
-from regraft.recipe.document import MAX_MODELS, MAX_STEPS, EvaluateStep, Input, MergeStep, Recipe, Setting, Slice
+from regraft.recipe.document import (
+    MAX_MODELS,
+    MAX_STEPS,
+    EvaluateStep,
+    Input,
+    MergeStep,
+    Recipe,
+    Setting,
+    Slice,
+    VocabularyChoice,
+)
 from regraft.recipe.fields import Field
 from regraft.recipe.names import Names, check_name
 from regraft.recipe.option_values import OptionReader
 from regraft.recipe.sweep import Member, read_sweep
+from regraft.recipe.tokens import read_source, read_tokenizer
 
 TOP_KEYS = ("models", "steps", "seed")
 MERGE_KEYS = (
@@ -34,6 +45,7 @@ MERGE_KEYS = (
     "exclude",
     "config_from",
     "tokenizer_from",
+    "tokenizer",
     "chat_template",
     "seed",
     "sweep",
@@ -127,6 +139,7 @@ class _Merge:
         config, tokenizer = (
             self.names.one(self.items[k]) if k in self.items else None for k in ("config_from", "tokenizer_from")
         )
+        vocabulary = self._vocabulary(base)
         exclude, template = self._exclude(), self._chat_template()
         return [
             MergeStep(
@@ -140,7 +153,8 @@ class _Merge:
                 out_dtype=out_dtype,
                 exclude=exclude,
                 config_from=config,
-                tokenizer_from=tokenizer,
+                tokenizer_from=vocabulary.source if vocabulary is not None else tokenizer,
+                vocabulary=vocabulary,
                 chat_template=template,
                 seed=self.seed if member.seed is None else member.seed,
                 where=self.body.where,
@@ -245,6 +259,27 @@ class _Merge:
         item = self.items["exclude"]
         listed = item.entries("regular expressions") if item.is_list else [item]
         return tuple(e.text("a regular expression for tensor names") for e in listed)
+
+    def _vocabulary(self, base: str | None) -> VocabularyChoice | None:
+        if "tokenizer" not in self.items:
+            return None
+        field = self.items["tokenizer"]
+        if "tokenizer_from" in self.items:
+            fix = "give tokenizer alone, for vocabularies that differ, or tokenizer_from for files"
+            raise field.error("RG303", "the step has tokenizer and tokenizer_from", fix)
+        word = None if self._is_name("base") else base
+        if not field.is_mapping:
+            return read_source(field, self._token_model, word)
+        return read_tokenizer(field, self._token_model, word, union_by_default=False)
+
+    def _is_name(self, text: str) -> bool:
+        return text in self.names.models or text in self.names.done
+
+    def _token_model(self, field: Field) -> str:
+        if field.value == "base" and not self._is_name("base"):
+            what = f"{field.key} is base, and the step has no base"
+            raise field.error("RG304", what, "add base, or name a model")
+        return self.names.one(field)
 
     def _chat_template(self) -> str | None:
         if "chat_template" not in self.items:

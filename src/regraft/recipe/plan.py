@@ -90,6 +90,7 @@ def _describe(plan: MergePlan | EvaluatePlan) -> dict[str, Any]:
         "dtypes": sorted({str(s.dtype).removeprefix("torch.") for s in plan.specs}),
         "licence": plan.licence.licence,
         "config_changes": plan.config_changes,
+        "vocabulary": plan.vocabulary.report if plan.vocabulary is not None else None,
         "seed": plan.seed,
         "key": plan.key,
         "values": plan.table(),

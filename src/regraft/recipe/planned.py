@@ -22,9 +22,13 @@ class PlannedTensor:
 
 @dataclass(frozen=True, eq=False)
 class PlannedCheckpoint(Checkpoint):
-    """The output of an earlier step before it has run."""
+    """The output of an earlier step before it has run.
+
+    `tokenizer_json`: the text of that file where the step makes one; None where `files` has it.
+    """
 
     key: str = ""
+    tokenizer_json: str | None = None
 
     def digest(self) -> str:
         return self.key

@@ -12,7 +12,7 @@ from typing import Any
 from regraft.errors import UserError, nearest
 from regraft.merge.rule import REQUIRED, Rule, per_model_fields
 from regraft.methods import ROOMS, Method, methods
-from regraft.recipe import mergekit, own
+from regraft.recipe import mergekit, own, tokens
 from regraft.recipe.chat_templates import TEMPLATES
 from regraft.recipe.fields import DTYPES
 from regraft.recipe.option_values import OptionReader
@@ -21,6 +21,7 @@ DIALECTS = ("regraft", "mergekit")
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _TEXT = {"type": "string", "minLength": 1}
 _SEED = {"type": "integer", "minimum": 0, "maximum": own.MAX_SEED}
+_NUMBER = {"type": "integer", "minimum": 0}
 _LAYERS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
 _IGNORED = {"description": "accepted, has no effect on the result"}
 _DTYPE = {"enum": [*DTYPES, *(f"torch.{name}" for name in DTYPES)]}
@@ -96,6 +97,10 @@ def _merge_step(rule: Rule[Any], shared: dict[str, Any]) -> dict[str, Any]:
         "exclude": {"anyOf": [_TEXT, _list(_TEXT)], "description": "regular expressions of tensors that are copied"},
         "config_from": {**_TEXT, "description": "the model whose configuration the result gets"},
         "tokenizer_from": {**_TEXT, "description": "the model whose tokenizer the result gets"},
+        "tokenizer": {
+            "anyOf": [_TEXT, _tokenizer(_TEXT, ["source"])],
+            "description": "how vocabularies that differ become one",
+        },
         "chat_template": {
             "anyOf": [{"enum": sorted(TEMPLATES)}, {"type": "string", "pattern": "\\{"}],
             "description": "the name of a chat template, or its Jinja text",
@@ -141,7 +146,6 @@ def _mergekit() -> dict[str, Any]:
         )
     reference = {"anyOf": [_TEXT, {"type": "object", "required": ["model"]}]}
     source = _closed({"model": reference, "layer_range": _LAYERS, "parameters": {}}, ["model", "layer_range"])
-    tokenizer = _closed({"source": reference}, ["source"])
     top: dict[str, Any] = {
         "merge_method": {"enum": [r.name for r in rules], "description": _summaries("merge", rules)},
         "base_model": reference,
@@ -152,12 +156,33 @@ def _mergekit() -> dict[str, Any]:
         "parameters": {},
         "dtype": _DTYPE,
         "out_dtype": _DTYPE,
-        "tokenizer_source": {**reference, "not": {"const": "union"}},
-        "tokenizer": tokenizer,
+        "tokenizer_source": reference,
+        "tokenizer": _tokenizer(reference),
         "chat_template": {"anyOf": [{"enum": ["auto", *sorted(TEMPLATES)]}, {"type": "string", "pattern": "\\{"}]},
     }
     choice = [{"required": ["models"]}, {"required": ["slices"]}]
     return {**_closed(top, ["merge_method"]), "oneOf": choice, "allOf": cases, "$defs": shared}
+
+
+def _tokenizer(reference: Mapping[str, Any], required: list[str] | None = None) -> dict[str, Any]:
+    """The section `tokenizer`, with models as the dialect writes them."""
+    other = {"kind": {"const": "model_token"}, "model": reference, "token": _TEXT, "token_id": _NUMBER}
+    model_token = {
+        **_closed(other, ["kind", "model"]),
+        "oneOf": [{"required": ["token"]}, {"required": ["token_id"]}],
+    }
+    zero = _closed({"kind": {"const": "zero"}}, ["kind"])
+    row = {"anyOf": [{**reference, "not": {"type": "object", "required": ["kind"]}}, zero, model_token]}
+    parts = {
+        "source": {**reference, "description": "union, base, or the model whose tokenizer the result gets"},
+        "tokens": {
+            "type": "object",
+            "additionalProperties": _closed({"source": row, "force": {"type": "boolean"}}, ["source"]),
+            "description": "where models that lack a token get its row from; with force all models",
+        },
+        "pad_to_multiple_of": {"type": "integer", "minimum": 1, "maximum": tokens.MAX_PAD},
+    }
+    return _closed(parts, required)
 
 
 def _parameters_of(rule: Rule[Any]) -> dict[str, Any]:
