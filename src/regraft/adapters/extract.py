@@ -29,7 +29,7 @@ from regraft.inspect.obstacles import LABEL_KEYS
 LOW_RANK, SAVED, LEFT_OUT = "low rank", "saved", "left out"
 ALL, BIASES = "all", "bias"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_PIECE = 1 << 22
+_PIECE = 1 << 22  # elements
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Extraction:
     def __init__(self, model: Checkpoint, base: Checkpoint, wanted: Wanted, *, force: bool = False) -> None:
         self.model, self.base, self.wanted = model, base, wanted
         self.remarks: list[str] = []
-        _check_pair(model, base, force)
+        _check_configurations(model, base, force)
         self.skeleton = Skeleton(model)
         self._after, strange = self.skeleton.sources(model)
         self._before, _ = self.skeleton.sources(base)
@@ -127,6 +127,8 @@ class Extraction:
             raise UserError("RG309", what, where=model.ref, fix="save the model with a current transformers first")
         self._patterns = [_compiled(wanted.include, self.skeleton), _compiled(wanted.exclude, self.skeleton)]
         self._check_shapes()
+        if not force:
+            _check_origin(model, base)
         self._modules: list[str] = []
         for name in wanted.save:
             found = named_modules(self.skeleton, name)
@@ -238,19 +240,25 @@ class Extraction:
         if before is None:
             return True
         pieces = range(0, numel(after), _PIECE)
-        return not all(torch.equal(*(_wide(s.read(at, at + _PIECE)) for s in (before, after))) for at in pieces)
+        return not all(torch.equal(*(s.read(at, at + _PIECE).double() for s in (before, after))) for at in pieces)
 
     def _source(self, name: str) -> TensorSource | None:
         return self._after.get(self.skeleton.tied.get(name, name))
 
-    def _delta(self, name: str) -> tuple[Tensor, Tensor]:
-        """(fine-tune - base, fine-tune), flat, in float32 or float64."""
-        after = _wide(self._after[name].read())
-        delta = after - _wide(self._before[name].read()).to(after.dtype)
+    def _delta(self, name: str) -> tuple[Tensor, float]:
+        """(fine-tune - base, ‖fine-tune‖²), the former flat, in float32 or float64; made of pieces, to be held once."""
+        before, after = self._before[name], self._after[name]
+        wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
+        delta = torch.empty(numel(after), dtype=wide)
+        energy = 0.0
+        for at in range(0, numel(after), _PIECE):
+            piece = after.read(at, at + _PIECE).to(wide)
+            energy += square(piece)
+            delta[at : at + _PIECE] = piece - before.read(at, at + _PIECE).to(wide)
         if not bool(torch.isfinite(delta).all()):
             what = f"{name} holds values that are NaN or infinite"
             raise UserError("RG206", what, where=self.model.ref, fix=f"repair the model, or --exclude {name}")
-        return delta, after
+        return delta, energy
 
     def _norm(self, name: str) -> float:
         """‖delta‖, ‖fine-tune‖ of what the base does not have."""
@@ -264,11 +272,11 @@ class Extraction:
         return math.sqrt(total)
 
     def _factor(self, adapter: Adapter, parameter: Parameter) -> Change | None:
-        delta, after = self._delta(parameter.name)
+        delta, energy = self._delta(parameter.name)
         if not bool(delta.any()):
             return None
         matrix = parameter.matrix(delta)
-        noise = rounding_noise(parameter.matrix(after), self._after[parameter.name].dtype)
+        noise = rounding_noise(energy, matrix.shape, self._after[parameter.name].dtype)
         stored = adapter.add(parameter, decompose(matrix, self.wanted.cut, noise))
         return measured(parameter.name, matrix, stored)
 
@@ -283,21 +291,22 @@ def measured(name: str, matrix: Tensor, stored: Factors) -> Change:
     return Change(name, LOW_RANK, stored.rank, norm, math.sqrt(residual(matrix, stored)) / norm)
 
 
-def _check_pair(model: Checkpoint, base: Checkpoint, force: bool) -> None:
-    """Refuse a base that is not the model's, by what the configurations say and by what the weights measure."""
+def _check_configurations(model: Checkpoint, base: Checkpoint, force: bool) -> None:
+    fix = "name the base that it was fine-tuned from"
     if base.adapters:
         what = "the base has an adapter, on which another one cannot be loaded"
         raise UserError("RG309", what, where=base.ref, fix="name the base without it, or merge it into the base first")
     if model.model_type != base.model_type:
         what = f"the model is of type {model.model_type or '?'} and the base of type {base.model_type or '?'}"
-        raise UserError("RG203", what, where=model.ref, fix="name the base that it was fine-tuned from")
-    if force:
-        return
+        raise UserError("RG203", what, where=model.ref, fix=fix)
     for one in config_differences(base.config, model.config):
-        if one.matters and one.key not in LABEL_KEYS and one.key != "vocab_size":
+        # Of vocabularies the tensors tell more, and label maps come with the head.
+        if one.matters and not force and one.key not in (*LABEL_KEYS, "vocab_size"):
             what = f"{one.key} is {one.b!r} in the model and {one.a!r} in the base, and an adapter cannot change it"
-            fix = "name the base that it was fine-tuned from, or go on with --force"
-            raise UserError("RG207", what, where=model.ref, fix=fix)
+            raise UserError("RG207", what, where=model.ref, fix=f"{fix}, or go on with --force")
+
+
+def _check_origin(model: Checkpoint, base: Checkpoint) -> None:
     if reason := check_base(base, model):
         what = f"the model does not look like a fine-tune of {base.ref}: {reason}"
         fix = "name the base that it was fine-tuned from, or go on with --force"
@@ -317,11 +326,6 @@ def _compiled(patterns: Sequence[str], skeleton: Skeleton) -> list[re.Pattern[st
             raise UserError("RG308", f"{text!r} selects no tensor of the model", fix=fix)
         found.append(pattern)
     return found
-
-
-def _wide(values: Tensor) -> Tensor:
-    """In float32, or float64 as it is."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def _main_dtype(model: Checkpoint) -> torch.dtype:

@@ -138,17 +138,19 @@ def added(parts: Iterable[tuple[float, Factors]]) -> Factors | None:
     return Factors(torch.cat([up for up, _ in groups], 1), torch.cat([down.double() for _, down in groups]))
 
 
-def rounding_noise(stored: Tensor, dtype: torch.dtype) -> float:
-    """A bound on the largest singular value of what rounding to `dtype` does to the matrix `stored`.
+def rounding_noise(energy: float, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    """A bound on the largest singular value of what rounding to `dtype` does to a matrix.
 
     Rounding moves an entry by up to half of eps times its size; independent entries of root mean square s make a
-    matrix of norm s (√m + √n). 0 for 16-bit types, where that bound can exceed all that a light fine-tuning did.
+    matrix (m, n) of norm s (√m + √n). 0 for 16-bit types, where that bound can exceed all that a light fine-tuning did.
+
+    Args:
+        energy: the sum of the squares of the matrix.
     """
     if dtype.itemsize < 4:
         return 0.0
-    m, n = stored.shape
-    size = math.sqrt(square(stored) / max(stored.numel(), 1))
-    return torch.finfo(dtype).eps / 2 * size * (math.sqrt(m) + math.sqrt(n))
+    m, n = shape
+    return torch.finfo(dtype).eps / 2 * math.sqrt(energy / (m * n)) * (math.sqrt(m) + math.sqrt(n))
 
 
 def residual(matrix: Tensor, factors: Factors) -> float:
