@@ -195,6 +195,8 @@ class Extraction:
             tied = self.skeleton.all_of(parameter)
             if name not in self._after or any(self._within(one.name) for one in tied):
                 self._modules += [one.module for one in tied if name in self._after and not self._within(one.name)]
+            elif self._replaced(parameter):
+                self._modules += [one.module for one in tied]
             elif not self._adapted(name):
                 self._left.append(parameter)
             elif (
@@ -227,6 +229,10 @@ class Extraction:
         ways.append("--exclude to leave it as it is in the base")
         return UserError("RG309", what, where=self.model.ref, fix=f"give {', or '.join(ways)}")
 
+    def _replaced(self, parameter: Parameter) -> bool:
+        """Whether the module of a parameter is to be saved whole, although nobody asked for it by name."""
+        return False
+
     def _within(self, name: str) -> bool:
         """Whether a parameter belongs to a module that is saved whole."""
         return any(name.startswith(f"{module}.") for module in self._modules)
@@ -237,8 +243,8 @@ class Extraction:
 
     def _changed(self, name: str) -> bool:
         before, after = self._before.get(name), self._after[name]
-        if before is None:
-            return True
+        if before is None or before is after:
+            return before is None
         pieces = range(0, numel(after), _PIECE)
         return not all(torch.equal(*(s.read(at, at + _PIECE).double() for s in (before, after))) for at in pieces)
 

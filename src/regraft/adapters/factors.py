@@ -47,9 +47,9 @@ class Truncation:
     def __post_init__(self) -> None:
         for name in ("rank", "max_rank"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
+            if value is not None and not (type(value) is int and value >= 1):
                 raise UserError("RG303", f"{name} is {value!r}", fix="give a whole number from 1")
-        if self.energy is not None and not 0 < self.energy <= 1:
+        if self.energy is not None and not (type(self.energy) in (int, float) and 0 < self.energy <= 1):
             raise UserError("RG303", f"energy is {self.energy!r}", fix="give a share above 0 and up to 1, such as 0.95")
         if self.rank is not None and self.energy is not None:
             raise UserError("RG303", "both rank and energy are given", fix="give one of them")
@@ -136,6 +136,14 @@ def added(parts: Iterable[tuple[float, Factors]]) -> Factors | None:
     if not groups:
         return None
     return Factors(torch.cat([up for up, _ in groups], 1), torch.cat([down.double() for _, down in groups]))
+
+
+def size(one: Factors, minus: Factors | None = None) -> float:
+    """The Frobenius norm of a product, or of the difference of two, without forming either."""
+    up, down = one.up.double(), one.down.double()
+    if minus is not None:
+        up, down = torch.cat([up, -minus.up.double()], 1), torch.cat([down, minus.down.double()])
+    return float((torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T).norm())
 
 
 def rounding_noise(energy: float, shape: tuple[int, ...], dtype: torch.dtype) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from regraft.adapters.extract import Change, Extraction, Wanted, total_error
 from regraft.adapters.folder import Adapter
 from regraft.checkpoint import Checkpoint
 from regraft.checkpoint.card import AdapterFacts, write_card
-from regraft.checkpoint.licences import combine, read_licence
+from regraft.checkpoint.licences import combine
 from regraft.checkpoint.lineage import InputRecord, Lineage, Output
 from regraft.checkpoint.output import OutputFolder
 from regraft.checkpoint.sidecars import copy_licences
@@ -64,7 +64,7 @@ def extract_lora(
     *,
     force: bool = False,
     accept_licenses: bool = False,
-    on_progress: Any = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Made:
     """Write the difference between a fine-tune and its base as a LoRA adapter.
 
@@ -81,12 +81,17 @@ def extract_lora(
     """
     wanted = wanted or Wanted()
     extraction = Extraction(model, base, wanted, force=force)
-    check_licences([base, model], accept_licenses)
-    lineage = Lineage(kind="extract-lora", method="extract-lora", settings=_settings(wanted))
+    parents = [base, model]
+    check_licences(parents, accept_licenses)
+    lineage = Lineage(
+        kind="extract-lora",
+        method="extract-lora",
+        inputs=[InputRecord.sampled(one, role, role) for one, role in ((base, "base"), (model, "model"))],
+        settings=_settings(wanted),
+    )
     with OutputFolder(out, force=force) as folder:
         adapter, changes = extraction.run(on_progress)
         lineage.warnings = extraction.remarks
-        parents = {"base": base, "model": model}
         sentence = f"What distinguishes a fine-tune from its base, as a LoRA adapter of rank {_ranks(adapter)}."
         write(folder.staging, adapter, base, parents, lineage, changes, sentence, name=folder.out.name)
         folder.publish()
@@ -104,7 +109,7 @@ def write(
     staging: Path,
     adapter: Adapter,
     base: Checkpoint,
-    parents: Mapping[str, Checkpoint],
+    parents: Sequence[Checkpoint],
     lineage: Lineage,
     changes: Collection[Change],
     sentence: str,
@@ -116,23 +121,12 @@ def write(
     """Fill a staging folder: the adapter's files, regraft.json, licences, card.
 
     Args:
-        parents: name -> checkpoint, the base included.
-        lineage: what is known beside inputs, output and figures, which are entered here.
+        parents: the inputs of the lineage, in its order.
+        lineage: what is known beside output and figures, which are entered here.
         sentence: what it is, for the card.
         recipe, registered: of a merge.
     """
     adapter.write(staging, base)
-    lineage.inputs = [
-        InputRecord.of(
-            one,
-            title,
-            role="base" if one is base else "model",
-            digest=one.digest(),
-            digest_kind="sampled",
-            licence=", ".join(read_licence(one).ids) or None,
-        )
-        for title, one in parents.items()
-    ]
     specs = adapter.specs
     lineage.output = Output(
         tensors=len(specs),
@@ -140,16 +134,16 @@ def write(
         bytes=size_on_disk(specs),
         dtype=str(adapter.dtype).removeprefix("torch."),
     )
-    lineage.licence = combine(list(parents.values())).licence
+    lineage.licence = combine(parents).licence
     lineage.diagnostics = summary(changes)
     lineage.finish()
     lineage.write(staging)
-    copy_licences(staging, list(parents.values()))
+    copy_licences(staging, parents)
     facts = AdapterFacts(base, adapter.skeleton.class_name, sentence)
     write_card(
         staging,
         lineage,
-        list(parents.values()),
+        parents,
         recipe=recipe,
         name=name,
         registered=registered,

@@ -227,6 +227,9 @@ class Rule(Method, Generic[O]):
     # What a chunk must not cut: "elements", "rows" (all axes but the first; a vector is one row) or "tensor". Rules
     # that need whole tensors hold as many of them in memory as there are workers.
     span: Callable[[O], str] = lambda _: "elements"
+    # The rule as a fixed combination base + Σ cᵢ (θᵢ - base), if it is one: c for the options, None where they make it
+    # none. Adapters are then merged without their models.
+    combination: Callable[[O], Sequence[float] | None] | None = None
     # What the same words mean in a mergekit recipe: defaults that differ (REQUIRED: no default) ...
     mergekit_defaults: Mapping[str, Any] = field(default_factory=dict)
     # ... and values that are spelt otherwise, {option: {their value: ours}}.

@@ -6,10 +6,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from regraft.adapters.merged import Combination
 from regraft.axes import Layout, layout
 from regraft.checkpoint import Checkpoint, TensorSource
 from regraft.checkpoint.licences import LicenceVerdict, combine
@@ -20,6 +21,7 @@ from regraft.inspect.distance import Distance, relative_distance
 from regraft.merge.jobs import Job, group
 from regraft.merge.rule import Rule
 from regraft.methods import method
+from regraft.recipe.adapters import combine_adapters
 from regraft.recipe.build import Builder, Piece
 from regraft.recipe.document import Input, MergeStep, Slice
 from regraft.recipe.fit import Member, check_architecture, check_config, check_tokenizers, unexpected
@@ -49,6 +51,7 @@ class MergePlan:
     seed: int
     layout: Layout
     warnings: list[str] = field(default_factory=list)
+    combination: Combination | None = None  # of adapters, if the step makes one
 
     @property
     def parents(self) -> list[Member]:
@@ -58,7 +61,7 @@ class MergePlan:
 
     @property
     def bytes_out(self) -> int:
-        return size_on_disk(self.specs)
+        return size_on_disk(self.specs) if self.combination is None else self.combination.bytes_out
 
     @property
     def bytes_in(self) -> int:
@@ -82,6 +85,8 @@ class MergePlan:
             "config": [self.config_from.digest(), self.config_changes],
             "tokenizer": [self.tokenizer_from.digest(), self.step.chat_template],
         }
+        if self.combination is not None:
+            facts["adapter"] = asdict(self.step.cut) if self.step.cut else "exact"
         return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
     def as_checkpoint(self) -> PlannedCheckpoint:
@@ -164,6 +169,9 @@ def plan_merge(
     if rule.needs_base and base is not None and not planned and not settings.force:
         remarks += _check_lineage(base, inputs, step)
     specs = [TensorSpec(j.info.name, j.info.shape, j.out_dtype) for j in jobs]
+    combination = None
+    if step.output == "lora":
+        combination = combine_adapters(step, rule, template, base, inputs, jobs, settings)
     tokenizer = members[step.tokenizer_from] if step.tokenizer_from else template
     verdict = combine([m.checkpoint for m in dict.fromkeys([template, *everyone])])
     return MergePlan(
@@ -181,6 +189,7 @@ def plan_merge(
         seed,
         own,
         remarks,
+        combination,
     )
 
 
