@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers as hf
 
 from farm_tools import write_tokenizer
 from models import save_fine_tune, save_model
@@ -71,6 +73,8 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for folder in (base, *(root / kind / name for name in MODELS)):
             if kind != "vit":
                 write_tokenizer(folder)
+    for seed, name in enumerate(("maths-lora", "code-lora")):
+        save_adapter(root / "shallow" / name, root / "shallow" / "org" / "base", seed)
     words = [f"w{i}" for i in range(40)]
     rows = [{"text": " ".join(words[i : i + 20])} for i in range(8)]
     for name in ("texts", "domain", "general", "test"):
@@ -80,6 +84,12 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).tolist()
     write(root / "vit" / "test.jsonl", [{"pixel_values": p, "label": i} for i, p in enumerate(pixels)])
     return root
+
+
+def save_adapter(folder: Path, base: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -107,7 +117,8 @@ def check_run(path: Path, out: Path) -> None:
             made = json.loads((result.artefacts[step.name] / "regraft.json").read_text(encoding="utf-8"))
             assert made["method"] == step.method
             assert made["output"]["tensors"] > 0
-            assert (result.artefacts[step.name] / "model.safetensors").stat().st_size > 0
+            weights = "model.safetensors" if step.output == "model" else "adapter_model.safetensors"
+            assert (result.artefacts[step.name] / weights).stat().st_size > 0
 
 
 @pytest.mark.parametrize(("page", "title", "text"), blocks("yaml"))

@@ -12,7 +12,7 @@ from regraft.checkpoint import Checkpoint, Ref, parse_ref
 from regraft.checkpoint.model import open_local
 from regraft.errors import UserError
 from regraft.merge.jobs import Job
-from regraft.merge.rule import Rule
+from regraft.merge.rule import Rule, field_names
 from regraft.recipe.document import MergeStep
 from regraft.recipe.fit import Member
 from regraft.recipe.planned import PlannedCheckpoint
@@ -41,7 +41,8 @@ def combine_adapters(
     for job in jobs:
         if job.scope != "tensor":
             what = f"{rule.name} looks at the whole model at once, and adapters are merged tensor by tensor"
-            raise UserError("RG309", what, where=step.where, fix="add scope: tensor")
+            option = next((name for name in field_names(rule.options) if name.endswith("scope")), "scope")
+            raise UserError("RG309", what, where=step.where, fix=f"add {option}: tensor")
         fixed = job.rule is None or (rule.combination is not None and rule.combination(job.options) is not None)
         if not fixed and not rule.needs_base:
             why = "changes the base itself, which an adapter leaves as it is"
