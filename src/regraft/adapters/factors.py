@@ -22,7 +22,7 @@ EXACT_UP_TO = 1024
 RANK = 32
 # Ranks above this are seldom of use, and a search for energy has to end somewhere.
 MAX_RANK = 256
-_OVERSAMPLE = 16
+_OVERSAMPLE = 32
 _ITERATIONS = 4
 _ROWS = 1024
 
