@@ -52,3 +52,21 @@ def test_what_is_wrong_ends_with_a_sentence(cli, family: Path, tmp_path: Path) -
     assert cli(*arguments, "--dtype", "int8").stderr.startswith("RG303: 'int8' is no dtype for factors")
     assert cli(*arguments[:3]).exit_code == 2  # --base is missing
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_merge_into_an_adapter(cli, family: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        made = cli("extract-lora", family / name, tmp_path / name, "--base", family / "base", "--exclude", "norm|embed")
+        assert made.exit_code == 0, made.stderr
+    recipe = tmp_path / "recipe.yaml"
+    models = ", ".join(f"{name}: {family}/base+{tmp_path}/{name}" for name in "ab")
+    recipe.write_text(f"models: {{{models}}}\nsteps: {{both: {{merge: linear, models: [a, b]}}}}\n")
+    arguments = ("merge", recipe, tmp_path / "out", "--output", "lora", "--rank", 8)
+    done = cli(*arguments)
+    assert done.exit_code == 0, done.stderr
+    assert "rank up to 8" in done.stdout.splitlines()[-1]
+    assert "both: cut off, relative error 0." in done.stderr
+    again = cli(*arguments, "--json")
+    assert f"{tmp_path / 'out'} is up to date" in again.stderr
+    assert json.loads(again.stdout)["adapter"]["largest_rank"] == 8
+    assert cli("merge", recipe, tmp_path / "x", "--rank", 8).stderr.startswith("RG303: --rank and --energy are for")
