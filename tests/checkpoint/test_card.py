@@ -91,7 +91,7 @@ def test_the_text_states_the_facts(tmp_path: Path, parents: list[Checkpoint]) ->
         "AutoModelForCausalLM.from_pretrained(",
         "| sign conflict rate | 0.25 |",
         "- two tokenizers differ",
-        "Not stated: evaluation after the merge, intended use.",
+        "Not stated: evaluation of the result, intended use.",
         "seeds merged 7",
     ):
         assert fact in text
@@ -137,9 +137,7 @@ def test_what_is_unknown_is_listed_as_such(tmp_path: Path, parents: list[Checkpo
     assert set(card.data.to_dict()) == {"base_model_relation", "library_name", "tags"}
     assert "- Licence: not stated." in card.text
     assert "- Unknown: maths: it has no card." in card.text
-    missing = (
-        "licence, languages, training data of the parents, task, evaluation after the merge, Hub ids of the parents"
-    )
+    missing = "licence, languages, training data of the parents, task, evaluation of the result, Hub ids of the parents"
     assert f"Not stated: {missing}, intended use." in card.text
 
 

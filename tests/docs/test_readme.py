@@ -49,7 +49,7 @@ def test_a_row_says_what_methods_says(rule: dict[str, Any]) -> None:
 
 def test_every_command_has_its_line() -> None:
     commands = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    assert set(re.findall(r"^\| `regraft (\w+)", README, re.MULTILINE)) == commands
+    assert set(re.findall(r"^\| `regraft ([\w-]+)", README, re.MULTILINE)) == commands
 
 
 def test_the_first_recipe_is_short() -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -75,6 +76,8 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 write_tokenizer(folder)
     grown = shutil.copytree(root / "shallow", root / "words")
     add_tokens(grown / "org" / "instruct", ("<|im_start|>", "<|im_end|>"))
+    for seed, name in enumerate(("maths-lora", "code-lora")):
+        save_adapter(root / "shallow" / name, root / "shallow" / "org" / "base", seed)
     words = [f"w{i}" for i in range(40)]
     rows = [{"text": " ".join(words[i : i + 20])} for i in range(8)]
     for name in ("texts", "domain", "general", "test"):
@@ -92,6 +95,12 @@ def add_tokens(folder: Path, tokens: tuple[str, ...]) -> None:
     model.resize_token_embeddings(model.config.vocab_size + len(tokens))
     model.save_pretrained(folder)
     write_tokenizer(folder, added=tokens)
+
+
+def save_adapter(folder: Path, base: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -119,7 +128,8 @@ def check_run(path: Path, out: Path) -> None:
             made = json.loads((result.artefacts[step.name] / "regraft.json").read_text(encoding="utf-8"))
             assert made["method"] == step.method
             assert made["output"]["tensors"] > 0
-            assert (result.artefacts[step.name] / "model.safetensors").stat().st_size > 0
+            weights = "model.safetensors" if step.output == "model" else "adapter_model.safetensors"
+            assert (result.artefacts[step.name] / weights).stat().st_size > 0
 
 
 @pytest.mark.parametrize(("page", "title", "text"), blocks("yaml"))

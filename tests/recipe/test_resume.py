@@ -247,8 +247,8 @@ def test_a_source_that_changes_between_plan_and_end_ends_the_run(
         if count:
             after(patch, count, lambda: change(file))
         else:
-            begin = execute._begin
-            patch.setattr(execute, "_begin", lambda *a: (begin(*a), change(file))[0])
+            begin = execute.begin
+            patch.setattr(execute, "begin", lambda *a: (begin(*a), change(file))[0])
         with pytest.raises(UserError, match=says) as caught:
             made(folder, tmp_path / "out")
     assert caught.value.code == "RG103"

@@ -16,7 +16,7 @@ from pathlib import Path
 from regraft.checkpoint.tensor import TensorSource
 from regraft.errors import UserError
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _PARTS = {
     "lora_A": "down",
     "lora_B": "up",
@@ -57,7 +57,7 @@ def sort_keys(sources: Mapping[str, TensorSource], path: Path) -> AdapterKeys:
     adapters: set[str] = set()
     saved: dict[str, TensorSource] = {}
     for key, source in sources.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         if match := _PART.fullmatch(name):
             tail = match["tail"].split(".")[1:]
             leaf = tail.pop() if tail and tail[-1] in ("weight", "bias") else "weight"
@@ -80,7 +80,7 @@ def sort_keys(sources: Mapping[str, TensorSource], path: Path) -> AdapterKeys:
     if len(adapters) > 1:
         raise _several(adapters, path)
     for key, source in saved.items():
-        match = _SAVED.fullmatch(key.removeprefix(_PREFIX))
+        match = _SAVED.fullmatch(key.removeprefix(PREFIX))
         assert match is not None
         head, dot, rest = match["rest"].partition(".")
         name = f"{match['module']}.{rest if dot and head in {'default', *adapters} else match['rest']}"

@@ -13,7 +13,7 @@ import torch
 from regraft.checkpoint.adapter_config import MERGE_FIRST, AdapterConfig
 from regraft.checkpoint.lora import Renamed
 from regraft.checkpoint.model import Checkpoint
-from regraft.checkpoint.model_class import REFUSALS, bounded, model_class
+from regraft.checkpoint.model_class import REFUSALS, bounded, loaded_names, model_class, without_weights
 from regraft.checkpoint.paths import inside
 from regraft.checkpoint.sidecars import TOKENIZER_FILES
 from regraft.checkpoint.tensor import TensorSource, numel
@@ -125,32 +125,14 @@ def module_names(base: Checkpoint) -> dict[str, str]:
     Built from the model's class, without weights. Tensors that loading splits or joins are left out, and so is
     everything if this transformers cannot tell.
     """
-    import transformers
-
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # before 5.0, or moved since
-        return {}
     kind = model_class("".join(base.architectures[:1]))
     if kind is None or not bounded(base.config, max(_FEW, len(base.tensors))):
         return {}
     try:
-        config = transformers.AutoConfig.for_model(**base.config)
-        with torch.device("meta"):
-            model = kind(config)
+        model = without_weights(kind, base.config)
     except REFUSALS:  # a config that its own class refuses
         return {}
-    state = model.state_dict()
-    steps = get_model_conversion_mapping(model)
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    others = [step for step in steps if not isinstance(step, WeightRenaming)]
-    names = {}
-    for stored in base.tensors:
-        name, converted = rename_source_key(stored, renamings, others, model.base_model_prefix, state)
-        if name != stored and name in state and converted is None:
-            names[name] = stored
-    return names
+    return {loaded: name for name, loaded in loaded_names(model, base.tensors).items() if name != loaded}
 
 
 def _same(one: TensorSource, other: TensorSource) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,21 @@ if TYPE_CHECKING:
 FILE_NAME = "README.md"
 
 
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What the card of a LoRA adapter says instead of that of a model.
+
+    Attributes:
+        base: the model that it is loaded on.
+        class_name: of that model with its adapter.
+        summary: a sentence on what it is; the method of the lineage need not be registered then.
+    """
+
+    base: Checkpoint
+    class_name: str
+    summary: str
+
+
 def write_card(
     staging: Path,
     lineage: Lineage,
@@ -34,6 +50,7 @@ def write_card(
     before_after: Sequence[Score] | None = None,
     name: str = "",
     registered: Method | None = None,
+    adapter: AdapterFacts | None = None,
 ) -> Path:
     """Write README.md.
 
@@ -41,28 +58,30 @@ def write_card(
         staging: the folder to write into.
         lineage: the facts; its inputs are the parents, in the same order.
         parents: the opened inputs, base included.
-        recipe: text of the recipe.
+        recipe: text of the recipe, "" if there is none.
         before_after: measured values, those of the lineage if None.
         name: title of the card; the name of the output folder if empty.
-        registered: the method, looked up by `lineage.method` if None.
+        registered: the method, looked up by `lineage.method` if None and the lineage is that of a model.
+        adapter: given if the folder holds an adapter.
 
     Raises:
         UserError: RG301 if the method of the lineage is not registered.
     """
     title = name or staging.name.removeprefix(".").removesuffix(".regraft-partial")
-    found = registered or method(lineage.kind, lineage.method)
+    found = registered if registered or adapter else method(lineage.kind, lineage.method)
     scores = list(lineage.scores if before_after is None else before_after)
     verdict = combine(parents)
-    data = _metadata(title, lineage, parents, verdict, scores)
+    data = _metadata(title, lineage, parents, verdict, scores, adapter)
     if (staging / "modules.json").is_file():
         data["library_name"] = "sentence-transformers"
     hide = _Paths(parents, lineage.inputs)
     sections = [
         f"# {title}",
-        _summary(lineage, found),
+        _summary(lineage, found, adapter.summary if adapter else ""),
         _parents(lineage, parents),
-        "## Recipe\n\n" + _fenced("yaml", recipe.strip()),
-        "## Use\n\n" + _fenced("python", _usage(parents[0], data["library_name"])),
+        "## Recipe\n\n" + _fenced("yaml", recipe.strip()) if recipe else "",
+        "## Use\n\n"
+        + _fenced("python", _adapter_usage(adapter) if adapter else _usage(parents[0], data["library_name"])),
         _diagnostics(lineage),
         _scores(scores),
         _licence(verdict),
@@ -77,16 +96,22 @@ def write_card(
 
 
 def _metadata(
-    title: str, lineage: Lineage, parents: Sequence[Checkpoint], verdict: LicenceVerdict, scores: Sequence[Score]
+    title: str,
+    lineage: Lineage,
+    parents: Sequence[Checkpoint],
+    verdict: LicenceVerdict,
+    scores: Sequence[Score],
+    adapter: AdapterFacts | None,
 ) -> dict[str, Any]:
     """Front matter as the Hub defines it; keys that nothing is known for are absent."""
     cards = [front_matter(parent)[0] for parent in parents]
     data: dict[str, Any] = {}
-    if ids := list(dict.fromkeys(parent.repo_id for parent in parents if parent.repo_id)):
+    of = [adapter.base] if adapter else parents
+    if ids := list(dict.fromkeys(parent.repo_id for parent in of if parent.repo_id)):
         data["base_model"] = ids
-    data["base_model_relation"] = "merge"
-    data["library_name"] = "transformers"
-    data["tags"] = ["merge", "regraft", lineage.method]
+    data["base_model_relation"] = "adapter" if adapter else "merge"
+    data["library_name"] = "peft" if adapter else "transformers"
+    data["tags"] = ["lora" if adapter else "merge", "regraft", lineage.method]
     if verdict.licence and on_hub(verdict.licence):
         data["license"] = verdict.licence
     elif verdict.licence:
@@ -115,14 +140,16 @@ def _result(score: Score, pipeline_tag: str) -> dict[str, Any]:
     }
 
 
-def _summary(lineage: Lineage, found: Method) -> str:
+def _summary(lineage: Lineage, found: Method | None, first: str) -> str:
     n = sum(record.role != "base" for record in lineage.inputs)
     base = " and a base" if len(lineage.inputs) > n else ""
-    lines = [f"A merge of {n} model{'s' if n != 1 else ''}{base} by `{found.name}`: {found.summary}."]
+    lines = [first] if first else []
+    if found and not first:
+        lines.append(f"A merge of {n} model{'s' if n != 1 else ''}{base} by `{found.name}`: {found.summary}.")
     if lineage.output:
         out = lineage.output
         lines.append(f"{out.parameters:,} parameters in {out.tensors:,} tensors, {out.bytes:,} bytes, {out.dtype}.")
-    for paper in found.papers:
+    for paper in found.papers if found else ():
         link = f" <{paper.url}>" if paper.url else ""
         lines.append(f"Method: {paper.cite()}.{link}")
     return "\n\n".join(lines)
@@ -147,6 +174,15 @@ def _usage(parent: Checkpoint, library: str) -> str:
         )
     name = _auto_class(next(iter(parent.architectures), ""), parent.model_type or "")
     return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("path/to/this/folder", dtype="auto")'
+
+
+def _adapter_usage(adapter: AdapterFacts) -> str:
+    base, name = adapter.base, _auto_class(adapter.class_name, adapter.base.model_type)
+    return (
+        f"from peft import PeftModel\nfrom transformers import {name}\n\n"
+        f'model = {name}.from_pretrained("{base.repo_id or "path/to/" + short_name(base)}", dtype="auto")\n'
+        'model = PeftModel.from_pretrained(model, "path/to/this/folder")'
+    )
 
 
 # Of transformers 5, to which importing it for one name would add a second to every merge.
@@ -214,11 +250,11 @@ def _licence(verdict: LicenceVerdict) -> str:
 def _limits(lineage: Lineage, data: Mapping[str, Any]) -> str:
     stated = {
         "license": "licence", "language": "languages", "datasets": "training data of the parents",
-        "pipeline_tag": "task", "model-index": "evaluation after the merge", "base_model": "Hub ids of the parents",
+        "pipeline_tag": "task", "model-index": "evaluation of the result", "base_model": "Hub ids of the parents",
     }  # fmt: skip
     missing = [text for key, text in stated.items() if key not in data]
     limits = [f"- {warning}" for warning in lineage.warnings]
-    limits.append("- Limits and biases of the parents may remain; the merge was not examined for them.")
+    limits.append("- Limits and biases of the parents may remain; the result was not examined for them.")
     lines = ["## Limits", "\n".join(limits), "Not stated: " + ", ".join([*missing, "intended use"]) + "."]
     lines.append("Intended use is for the author of this model to write here before it is published.")
     return "\n\n".join(lines)

@@ -93,6 +93,14 @@ class InputRecord(_Record):
             **facts,
         )
 
+    @classmethod
+    def sampled(cls, checkpoint: Checkpoint, name: str, role: str) -> InputRecord:
+        """The record with the digest of a sample of the content, and the licence that the card states."""
+        from regraft.checkpoint.licences import read_licence
+
+        licence = ", ".join(read_licence(checkpoint).ids) or None
+        return cls.of(checkpoint, name, role=role, digest=checkpoint.digest(), digest_kind="sampled", licence=licence)
+
 
 class OptionGroup(_Record):
     """Options shared by `count` tensors, whose names are `tensors` (see `fold_names`)."""

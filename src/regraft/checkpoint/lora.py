@@ -9,6 +9,7 @@ float64 base), and the sum is rounded once, to the dtype of the base.
 
 from __future__ import annotations
 
+import copy
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -46,6 +47,14 @@ class _Rowwise(ABC):
             low, high = max(start, begin), min(stop, begin + step)
             out[low - start : high - start] = rows[low - begin : high - begin]
         return out
+
+    def unrounded(self) -> TensorSource:
+        """The same tensor in the dtype of its arithmetic: a bfloat16 base then has the change in float32 on top."""
+        twin = copy.copy(self)
+        twin.dtype = self._work
+        if isinstance(self._base, _Rowwise):
+            twin._base = self._base.unrounded()
+        return twin
 
     def _shared(self) -> Tensor:
         """What all groups of one read need."""
@@ -90,6 +99,19 @@ class LoraTensor(_Rowwise):
         self._rank = down.shape[0]
         self._column_norms: Tensor | None = None
         self._lock = threading.Lock()
+
+    @property
+    def transposed(self) -> bool:
+        return self._transposed
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    def product(self) -> tuple[float, Tensor, Tensor]:
+        """(scaling, B (out, r), A (r, in)) of the change; kernels of convolutions count as inputs."""
+        up = self._up.read().view(-1, self._rank)
+        return self._scaling, up, self._down.read().view(self._rank, -1)
 
     def _shared(self) -> Tensor:
         """The factor with all columns, (r, cols), and for DoRA with one norm per column a last row of factors."""
@@ -202,3 +224,17 @@ class Renamed:
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements `[start, stop)`; see `TensorSource.read`."""
         return self._source.read(start, stop)
+
+
+def products(source: TensorSource) -> list[LoraTensor] | None:
+    """The changes of the form B A that adapters made to a tensor, [] if it is as it is stored in the base.
+
+    None if it was changed in another way, by DoRA for example, or replaced.
+    """
+    found = []
+    while isinstance(source, LoraTensor):
+        if source._magnitude is not None:
+            return None
+        found.append(source)
+        source = source._base
+    return None if isinstance(source, (_Rowwise, AddedVector, Renamed)) else found

@@ -7,9 +7,10 @@ hang, and a name such as "Trainer" is something else than a model. Both are look
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
 # What configuration classes and constructors raise for values that they do not expect. Their checks differ by class.
@@ -53,3 +54,38 @@ def model_class(name: str) -> Any:
         return None
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model else None
+
+
+def without_weights(kind: Any, config: Mapping[str, Any]) -> Any:
+    """A model of a class on the meta device; the config must be `bounded`.
+
+    Raises:
+        one of `REFUSALS`: the class refuses the config.
+    """
+    import transformers
+
+    with torch.device("meta"):
+        return kind(transformers.AutoConfig.for_model(**config))
+
+
+def loaded_names(model: Any, stored: Collection[str]) -> dict[str, str]:
+    """Name in a file -> name in the model that transformers loads the tensor into.
+
+    Tensors that loading splits, joins or leaves out are not in it. If this transformers cannot tell how it renames
+    tensors, none is renamed.
+    """
+    state = model.state_dict()
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # before 5.0, or moved since
+        return {name: name for name in stored if name in state}
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    others = [step for step in steps if not isinstance(step, WeightRenaming)]
+    names = {}
+    for name in stored:
+        loaded, converted = rename_source_key(name, renamings, others, model.base_model_prefix, state)
+        if loaded in state and converted is None:
+            names[name] = loaded
+    return names

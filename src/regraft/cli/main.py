@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from regraft.cli.extract_lora import extract_lora
 from regraft.cli.inspect import inspect
 from regraft.cli.merge import merge
 from regraft.cli.methods import methods
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for function in (merge, run, plan, inspect, methods, schema):
+for function in (merge, run, plan, inspect, extract_lora, methods, schema):
     app.command()(command(function))
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from regraft.cli import options as opt
+from regraft.cli.adapter_table import adapter_in_words, show_changes
 from regraft.cli.mergekit_flags import with_mergekit_flags
 from regraft.cli.plan import tell_plan
 from regraft.cli.progress import TerminalProgress
@@ -19,6 +20,15 @@ from regraft.recipe.settings import Settings
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the model; it must not exist, or be empty.")]
 
 
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output", metavar="KIND",
+        help="model, or lora: an adapter of adapters; what the recipe says if not given.",
+    ),
+]  # fmt: skip
+
+
 @opt.with_settings
 @with_mergekit_flags
 def merge(
@@ -26,6 +36,10 @@ def merge(
     recipe: opt.RecipePath,
     out: Out,
     assignments: opt.Assignments = [],  # noqa: B006 - typer copies it
+    output: Output = None,
+    rank: opt.Rank = None,
+    energy: opt.Energy = None,
+    max_rank: opt.MaxRank = None,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
     *,
@@ -36,16 +50,21 @@ def merge(
     from regraft.recipe.yaml_file import read_text
 
     text = read_text(recipe)
-    stamp = Stamp("merge", recipe, text, assignments, out, settings)
+    shape = {"output": output, "rank": rank, "energy": energy, "max_rank": max_rank}
+    changes = [*assignments, *(f"--{name}={value}" for name, value in shape.items() if value is not None)]
+    stamp = Stamp("merge", recipe, text, changes, out, settings)
     if not (dry_run or terminal.verbose) and (told := stamp.result()) is not None:
         terminal.repeat(told["notes"])
         terminal.line(f"{out} is up to date")
         _show(terminal, out, told["model"], as_json)
         return
     from regraft.recipe import parse_recipe
+    from regraft.recipe.run import with_output
 
     settings = opt.on_this_machine(settings)
     document = parse_recipe(text, path=recipe, changes=assignments)
+    if any(value is not None for value in shape.values()):
+        document = with_output(document, output, rank, energy, max_rank)
     stamp.watch(document)
     if dry_run or terminal.verbose:
         from regraft.recipe.run import check_merge
@@ -62,7 +81,10 @@ def merge(
         folder = merge_recipe(document, out, settings, progress)
     terminal.interrupted = f"{folder} is finished"
     facts = {"step", "method", "key", "output", "licence", "wall_seconds", "peak_memory_bytes", "warnings"}
-    model = Lineage.read(folder).model_dump(mode="json", include=facts)
+    lineage = Lineage.read(folder)
+    model = lineage.model_dump(mode="json", include=facts)
+    if lineage.settings.get("output") == "lora":
+        model["adapter"] = lineage.diagnostics
     terminal.unless_stamped(stamp.keep({"notes": terminal.notes, "model": model}))
     _show(terminal, folder, model, as_json)
 
@@ -71,6 +93,9 @@ def _show(terminal: Terminal, folder: Path, model: Mapping[str, Any], as_json: b
     """What came out, from the facts of its lineage."""
     if as_json:
         terminal.json({"out": str(folder), **model})
+    elif not terminal.quiet and "adapter" in model:
+        show_changes(terminal, model["adapter"]["tensors"])
+        terminal.out.print(adapter_in_words(folder, model["adapter"], model["output"]), markup=False)
     elif not terminal.quiet:
         output = model["output"]
         sizes = f"{output['tensors']} tensors, {size_in_words(output['bytes'])}, {output['dtype']}, " if output else ""

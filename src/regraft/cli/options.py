@@ -108,6 +108,19 @@ Seed = Annotated[
         "--seed", min=0, max=2**63 - 1, help="For rules that draw; replaces the recipe's.", rich_help_panel=_RUN
     ),
 ]
+Rank = Annotated[
+    int | None, typer.Option("--rank", metavar="N", help="Rank of the factors; 32 if --energy is not given either.")
+]
+Energy = Annotated[
+    float | None,
+    typer.Option(
+        "--energy", metavar="SHARE",
+        help="The smallest rank that keeps this share of each tensor's squared change, such as 0.95.",
+    ),
+]  # fmt: skip
+MaxRank = Annotated[
+    int | None, typer.Option("--max-rank", metavar="N", help="No larger rank than this with --energy; 256.")
+]
 DEFAULT_SHARD: Any = "5GB"
 
 

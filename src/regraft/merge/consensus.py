@@ -19,6 +19,7 @@ from regraft.merge.sparsify import Sparse
 from regraft.methods import Options
 
 __all__ = [
+    "ABOUT_ZERO",
     "Density",
     "Sparse",
     "TaskVectorOptions",
@@ -32,7 +33,7 @@ __all__ = [
     "winners",
 ]
 
-_ABOUT_ZERO = 1e-8
+ABOUT_ZERO = 1e-8
 _ROUNDING = 1e-12  # how far weights may add up to something else than one by the rounding of their computation
 Density = Annotated[float, Field(gt=0, le=1)]
 
@@ -49,7 +50,7 @@ class TaskVectorOptions(Options):
 def total(deltas: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
     """Weighted sum over models, (L,); divided by the sum of weights if `normalize` (and that is not about zero)."""
     merged = weighted_sum(deltas, weights)
-    return merged / sum(weights) if normalize and abs(sum(weights)) >= _ABOUT_ZERO else merged
+    return merged / sum(weights) if normalize and abs(sum(weights)) >= ABOUT_ZERO else merged
 
 
 def elected(deltas: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
@@ -102,7 +103,7 @@ def onto_base(
 
         zeros, out = np.zeros(c.n, np.int64), np.empty(c.length, np.float32)
         scale = o.lambda_
-        if join is total and o.normalize and abs(sum(o.weight)) >= _ABOUT_ZERO:
+        if join is total and o.normalize and abs(sum(o.weight)) >= ABOUT_ZERO:
             scale /= sum(o.weight)
         weights = numbers(o.weight, c.dtype)
         native_sparse.merge(*arguments, weights, join is elected, o.normalize, np.float32(scale), zeros, out)

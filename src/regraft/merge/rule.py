@@ -228,6 +228,9 @@ class Rule(Method, Generic[O]):
     # that need whole tensors hold as many of them in memory as there are workers.
     span: Callable[[O], str] = lambda _: "elements"
     order_statistics: int = 0  # most that it asks for at once of each model, for the estimate of memory
+    # The rule as a fixed combination base + Σ cᵢ (θᵢ - base), if it is one: c for the options, None where they make it
+    # none. Adapters are then merged without their models.
+    combination: Callable[[O], Sequence[float] | None] | None = None
     # What the same words mean in a mergekit recipe: defaults that differ (REQUIRED: no default) ...
     mergekit_defaults: Mapping[str, Any] = field(default_factory=dict)
     # ... and values that are spelt otherwise, {option: {their value: ours}}.

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from regraft.adapters.factors import Truncation
 
 MAX_MODELS = 1000  # in one merge
 MAX_STEPS = 2000  # in one recipe, with the members of sweeps
@@ -93,6 +96,8 @@ class MergeStep:
         dialect: "regraft" or "mergekit": whose defaults hold.
         where: file, step and line, for messages.
         sweep: the values of this member of a sweep.
+        output: "model", or "lora" for an adapter made of adapters.
+        cut: how far an adapter may be cut off; None if it must be exact.
     """
 
     name: str
@@ -112,6 +117,8 @@ class MergeStep:
     dialect: str = "regraft"
     where: str = ""
     sweep: Mapping[str, Any] = field(default_factory=dict)
+    output: str = "model"
+    cut: Truncation | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from regraft.checkpoint.card import write_card
-from regraft.checkpoint.licences import read_licence
 from regraft.checkpoint.lineage import InputRecord, Lineage, Output, Software, fold_names, group_options
 from regraft.checkpoint.output import DISK_FULL
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
@@ -50,7 +49,7 @@ def execute(
             an output that is taken, RG101 and RG103 for a source that is gone, changed or cannot be read.
         KeyboardInterrupt: with a sentence, if finished tensors are kept for the next run.
     """
-    lineage = _begin(plan, recipe)
+    lineage = begin(plan, recipe)
     collector = TaskVectorStatistics(len(plan.inputs)) if plan.rule.needs_base else None
     with (
         warnings.catch_warnings(record=True) as remarks,
@@ -101,7 +100,7 @@ def execute(
             lineage.diagnostics = collector.summary([m.name for m in plan.inputs])
         lineage.finish()
         lineage.write(writer.staging)
-        write_card(writer.staging, lineage, parents, recipe=recipe.text, name=_title(plan, out), registered=plan.rule)
+        write_card(writer.staging, lineage, parents, recipe=recipe.text, name=title(plan, out), registered=plan.rule)
         writer.publish()
     if found := lineage.diagnostics.get("independence"):
         conflict = lineage.diagnostics["sign_conflict"]
@@ -168,7 +167,8 @@ def _readable() -> Iterator[None]:
         raise UserError("RG101", what, where=str(error.filename), fix=fix) from error
 
 
-def _begin(plan: MergePlan, recipe: Recipe) -> Lineage:
+def begin(plan: MergePlan, recipe: Recipe) -> Lineage:
+    """What is known of a merge before it is done."""
     roles = {plan.base.name: "base"} if plan.base is not None else {}
     merged = {j.info.name: j.options.model_dump(mode="json", by_alias=True) for j in plan.jobs if j.rule and j.options}
     copied = [j.info.name for j in plan.jobs if j.rule is None]
@@ -178,17 +178,7 @@ def _begin(plan: MergePlan, recipe: Recipe) -> Lineage:
         recipe=recipe.text,
         recipe_language=plan.step.dialect,
         key=plan.key,
-        inputs=[
-            InputRecord.of(
-                m.checkpoint,
-                m.name,
-                role=roles.get(m.name, "model"),
-                digest=m.checkpoint.digest(),
-                digest_kind="sampled",
-                licence=", ".join(read_licence(m.checkpoint).ids) or None,
-            )
-            for m in plan.parents
-        ],
+        inputs=[InputRecord.sampled(m.checkpoint, m.name, roles.get(m.name, "model")) for m in plan.parents],
         settings={"dtype": plan.step.dtype, "out_dtype": plan.step.out_dtype, "exclude": list(plan.step.exclude)},
         options=group_options(merged),
         copied=fold_names(copied),
@@ -230,5 +220,6 @@ def _remarks(outcome: Outcome, settings: Settings) -> list[str]:
     return found
 
 
-def _title(plan: MergePlan, out: Path) -> str:
+def title(plan: MergePlan, out: Path) -> str:
+    """What the card calls the result."""
     return plan.step.name if out.parent.name == "artefacts" else out.name

@@ -6,10 +6,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from regraft.adapters.merged import Combination
 from regraft.axes import Layout, layout
 from regraft.checkpoint import Checkpoint, TensorSource
 from regraft.checkpoint.licences import LicenceVerdict, combine
@@ -20,6 +21,7 @@ from regraft.inspect.distance import Distance, relative_distance
 from regraft.merge.jobs import Job, group
 from regraft.merge.rule import Rule
 from regraft.methods import method
+from regraft.recipe.adapters import combine_adapters
 from regraft.recipe.build import Builder, Piece
 from regraft.recipe.document import Input, MergeStep, Slice
 from regraft.recipe.fit import Member, check_architecture, check_config, check_tokenizers, unexpected
@@ -53,6 +55,7 @@ class MergePlan:
     vocabulary: Vocabulary | None = None
     generation_changes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    combination: Combination | None = None  # of adapters, if the step makes one
 
     @property
     def parents(self) -> list[Member]:
@@ -62,7 +65,7 @@ class MergePlan:
 
     @property
     def bytes_out(self) -> int:
-        return size_on_disk(self.specs)
+        return size_on_disk(self.specs) if self.combination is None else self.combination.bytes_out
 
     @property
     def bytes_in(self) -> int:
@@ -88,6 +91,8 @@ class MergePlan:
         }
         if self.vocabulary is not None:
             facts["vocabulary"] = self.vocabulary.digest
+        if self.combination is not None:
+            facts["adapter"] = asdict(self.step.cut) if self.step.cut else "exact"
         return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
     def as_checkpoint(self) -> PlannedCheckpoint:
@@ -186,6 +191,9 @@ def plan_merge(
     if rule.needs_base and base is not None and not planned and not settings.force:
         remarks += _check_lineage(base, inputs, step)
     specs = [TensorSpec(j.info.name, j.info.shape, j.out_dtype) for j in jobs]
+    combination = None
+    if step.output == "lora":
+        combination = combine_adapters(step, rule, template, base, inputs, jobs, settings)
     tokenizer = members[step.tokenizer_from] if step.tokenizer_from else template
     generation: dict[str, Any] = {}
     if vocabulary is not None:
@@ -210,6 +218,7 @@ def plan_merge(
         vocabulary,
         generation,
         remarks,
+        combination,
     )
 
 
@@ -219,6 +228,9 @@ def _vocabulary(
     """The vocabulary that the step chooses, None where the models' own has to do. The base is the first of `models`."""
     if step.vocabulary is None:
         return None
+    if step.output == "lora":
+        what = "another vocabulary makes another base, which no adapter fits"
+        raise UserError("RG309", what, where=step.vocabulary.where, fix="leave out tokenizer, or output: lora")
     owners = list(dict.fromkeys(models))
     giver = members[step.vocabulary.source] if step.vocabulary.source else owners[0]
     giver = next((m for m in owners if _same(m, giver)), giver)

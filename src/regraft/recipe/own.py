@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regraft.errors import nearest
+from regraft.adapters.factors import Truncation
+from regraft.errors import UserError, nearest
 from regraft.merge.rule import Rule
 from regraft.methods import ROOMS, method
 from regraft.recipe.chat_templates import chat_template
@@ -49,7 +50,12 @@ MERGE_KEYS = (
     "chat_template",
     "seed",
     "sweep",
+    "output",
+    "rank",
+    "energy",
+    "max_rank",
 )
+OUTPUTS = ("model", "lora")
 EVALUATE_KEYS = ("evaluate", "models", "data")
 MAX_SEED = 2**63 - 1
 
@@ -141,6 +147,7 @@ class _Merge:
         )
         vocabulary = self._vocabulary(base)
         exclude, template = self._exclude(), self._chat_template()
+        output, cut = self._output()
         return [
             MergeStep(
                 name=self.body.step + member.suffix,
@@ -159,6 +166,8 @@ class _Merge:
                 seed=self.seed if member.seed is None else member.seed,
                 where=self.body.where,
                 sweep=member.values,
+                output=output,
+                cut=cut,
             )
             for member in members
         ]
@@ -252,6 +261,22 @@ class _Merge:
                 if missing:
                     who = f" for {missing[0]}" if name in self.reader.per_model else ""
                     raise self.body.error("RG303", f"{self.rule.name} needs {name!r}{who}", f"add {name}: ...")
+
+    def _output(self) -> tuple[str, Truncation | None]:
+        """What the step makes, and where an adapter is cut off."""
+        output = self.items["output"].text("model or lora") if "output" in self.items else "model"
+        if output not in OUTPUTS:
+            raise self.items["output"].error("RG303", f"output is {output!r}", nearest(output, OUTPUTS))
+        given = {key: self.items[key] for key in ("rank", "energy", "max_rank") if key in self.items}
+        if not given:
+            return output, None
+        first = next(iter(given.values()))
+        if output != "lora":
+            raise first.error("RG303", f"{first.key} is for adapters", "add output: lora, or leave it out")
+        try:
+            return output, Truncation(**{key: item.value for key, item in given.items()})
+        except UserError as error:
+            raise first.error(error.code, error.what, error.fix) from None
 
     def _exclude(self) -> tuple[str, ...]:
         if "exclude" not in self.items:

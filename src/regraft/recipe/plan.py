@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -115,7 +115,8 @@ def make_plan(recipe: Recipe, settings: Settings | None = None, *, out: Path | N
     warnings: list[str] = []
     for step in recipe.steps:
         if isinstance(step, EvaluateStep):
-            steps.append(_plan_evaluation(step, recipe, members))
+            adapters = [p.step.name for p in steps if isinstance(p, MergePlan) and p.combination is not None]
+            steps.append(_plan_evaluation(step, recipe, members, adapters))
             continue
         chosen = members.of(step)
         plan = plan_merge(step, chosen, settings, planned=any(m.name in members.planned for m in chosen.values()))
@@ -184,11 +185,15 @@ def check_licences(plan: MergePlan, settings: Settings) -> None:
         raise UserError("RG404", what, where=plan.step.where, fix="if you may combine them, add --accept-licenses")
 
 
-def _plan_evaluation(step: EvaluateStep, recipe: Recipe, members: Members) -> EvaluatePlan:
+def _plan_evaluation(step: EvaluateStep, recipe: Recipe, members: Members, adapters: Collection[str]) -> EvaluatePlan:
     metric = method("evaluate", step.metric, where=step.where)
     for name in step.models:
         if name not in members.planned:
             members.get(name)
+        elif name in adapters:
+            what = f"{name} is an adapter, which has no folder of a whole model"
+            fix = "merge it into its base in a step without output: lora, and evaluate that step"
+            raise UserError("RG602", what, where=step.where, fix=fix)
     folder = recipe.path.parent if recipe.path else Path()
     data = (folder / Path(step.data).expanduser()) if step.data else folder
     if not step.data or not data.exists():

@@ -13,19 +13,22 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from regraft.adapters.factors import Truncation
 from regraft.checkpoint import Checkpoint, open_checkpoint
 from regraft.checkpoint.lineage import FILE_NAME, Lineage
 from regraft.checkpoint.output import clear_leftovers, unfinished_in
-from regraft.errors import UserError
+from regraft.errors import UserError, nearest
 from regraft.recipe.document import EvaluateStep, MergeStep, Recipe
 from regraft.recipe.execute import execute
+from regraft.recipe.execute_adapter import is_adapter, open_result, write_adapter
 from regraft.recipe.file_states import data_files, pictures_beside
 from regraft.recipe.fit import Member
-from regraft.recipe.merge_plan import plan_merge
+from regraft.recipe.merge_plan import MergePlan, plan_merge
+from regraft.recipe.own import OUTPUTS
 from regraft.recipe.plan import Members, Plan, make_plan, size_run
 from regraft.recipe.progress import Progress, Silent
 from regraft.recipe.scores import Evaluation, record_scores
@@ -66,10 +69,10 @@ def run(recipe: Recipe, out: Path, settings: Settings | None = None, progress: P
         if isinstance(step, EvaluateStep):
             result.evaluations += _evaluate(step, plan, members, store, progress)
             continue
-        folder = _artefact(step, recipe, members, store, settings, progress)
+        folder, made = _artefact(step, recipe, members, store, settings, progress)
         result.artefacts[step.name] = folder
         store.link(step.name, folder)
-        members.planned[step.name] = Member(step.name, open_checkpoint(str(folder)))
+        members.planned[step.name] = Member(step.name, made)
     store.write("scores.json", [asdict(e) for e in result.evaluations])
     for merged in plan.merges:
         record_scores(merged, result.artefacts[merged.step.name], members, result.evaluations)
@@ -87,7 +90,7 @@ def merge(recipe: Recipe, out: Path, settings: Settings | None = None, progress:
     """
     settings, progress = settings or Settings(), progress or Silent()
     plan = check_merge(recipe, out, settings)
-    final = _only_result(recipe)
+    final = only_result(recipe)
     members = plan.members.afresh()
     _tell(plan, progress)
     store = _Store(out.with_name(out.name + ".steps"))
@@ -95,8 +98,8 @@ def merge(recipe: Recipe, out: Path, settings: Settings | None = None, progress:
         assert isinstance(step, MergeStep)
         progress.step(step.name)
         if step is not final:
-            folder = _artefact(step, recipe, members, store, settings, progress)
-            members.planned[step.name] = Member(step.name, open_checkpoint(str(folder)))
+            _, made = _artefact(step, recipe, members, store, settings, progress)
+            members.planned[step.name] = Member(step.name, made)
             continue
         chosen = plan_merge(step, members.of(step), settings)
         if _key_at(out) == chosen.key:
@@ -105,21 +108,42 @@ def merge(recipe: Recipe, out: Path, settings: Settings | None = None, progress:
             return out
         if not settings.force and out.exists() and any(out.iterdir()):
             raise _not_empty(out)
-        workers, chunk, _ = size_run(chosen.jobs, settings)
-        execute(chosen, out, recipe, settings, workers=workers, chunk=chunk, progress=progress)
+        _make(chosen, out, recipe, settings, progress)
     return out
 
 
 def check_merge(recipe: Recipe, out: Path, settings: Settings | None = None) -> Plan:
     """The plan of `merge`, with everything checked that can be checked without work; raises as `merge` does."""
     settings = settings or Settings()
-    _only_result(recipe)
+    only_result(recipe)
     plan = make_plan(recipe, settings, out=out)
     _check_output(out, plan, settings)
     return plan
 
 
-def _only_result(recipe: Recipe) -> MergeStep:
+def with_output(
+    recipe: Recipe, output: str | None, rank: int | None, energy: float | None, max_rank: int | None
+) -> Recipe:
+    """The recipe whose last model is made as the command line says; what it leaves open stays as it is.
+
+    Raises:
+        UserError: RG303 for another output than "model" and "lora", and for ranks of something else than an adapter.
+    """
+    final = only_result(recipe)
+    chosen = output or final.output
+    if chosen not in OUTPUTS:
+        raise UserError("RG303", f"--output is {chosen!r}", fix=nearest(chosen, OUTPUTS))
+    cut = final.cut
+    if (rank, energy, max_rank) != (None, None, None):
+        if chosen != "lora":
+            raise UserError("RG303", "--rank and --energy are for adapters", fix="add --output lora, or leave them out")
+        cut = Truncation(rank, energy, max_rank)
+    changed = replace(final, output=chosen, cut=cut)
+    return replace(recipe, steps=tuple(changed if step is final else step for step in recipe.steps))
+
+
+def only_result(recipe: Recipe) -> MergeStep:
+    """The merge that nothing else in the recipe uses; RG309 if there are several, or something is measured."""
     measured = [s for s in recipe.steps if isinstance(s, EvaluateStep)]
     if measured:
         what = f"the recipe also measures ({measured[0].name}), and merge makes one model"
@@ -164,11 +188,12 @@ def _not_empty(out: Path) -> UserError:
 
 
 def _key_at(folder: Path) -> str:
-    """The content key of the model in a folder, "" if there is none or it is not whole."""
+    """The content key of the model or adapter in a folder, "" if there is none or it is not whole."""
     if not (folder / FILE_NAME).exists():
         return ""
     try:
-        open_checkpoint(str(folder))  # headers and sizes must agree
+        if not is_adapter(folder):
+            open_checkpoint(str(folder))  # headers and sizes must agree
         return Lineage.read(folder).key
     except UserError:
         return ""
@@ -176,18 +201,26 @@ def _key_at(folder: Path) -> str:
 
 def _artefact(
     step: MergeStep, recipe: Recipe, members: Members, store: _Store, settings: Settings, progress: Progress
-) -> Path:
+) -> tuple[Path, Checkpoint]:
+    """The folder of a step's result, and that result as a model."""
     plan = plan_merge(step, members.of(step), settings)
     folder = store.folder(step.name, plan.key)
     if _key_at(folder) == plan.key:
         clear_leftovers(folder)
         progress.message(f"{step.name}: done before")
-        return folder
+    else:
+        if folder.exists():
+            shutil.rmtree(folder)  # our own cache entry, damaged: made again
+        _make(plan, folder, recipe, settings, progress)
+    return folder, open_result(plan, folder) if plan.combination is not None else open_checkpoint(str(folder))
+
+
+def _make(plan: MergePlan, out: Path, recipe: Recipe, settings: Settings, progress: Progress) -> None:
+    if plan.combination is not None:
+        write_adapter(plan, out, recipe, settings, progress)
+        return
     workers, chunk, _ = size_run(plan.jobs, settings)
-    if folder.exists():
-        shutil.rmtree(folder)  # our own cache entry, damaged: made again
-    execute(plan, folder, recipe, settings, workers=workers, chunk=chunk, progress=progress)
-    return folder
+    execute(plan, out, recipe, settings, workers=workers, chunk=chunk, progress=progress)
 
 
 def _evaluate(step: EvaluateStep, plan: Plan, members: Members, store: _Store, progress: Progress) -> list[Evaluation]:

@@ -22,6 +22,7 @@ _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _TEXT = {"type": "string", "minLength": 1}
 _SEED = {"type": "integer", "minimum": 0, "maximum": own.MAX_SEED}
 _NUMBER = {"type": "integer", "minimum": 0}
+_RANK = {"type": "integer", "minimum": 1}
 _LAYERS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
 _IGNORED = {"description": "accepted, has no effect on the result"}
 _DTYPE = {"enum": [*DTYPES, *(f"torch.{name}" for name in DTYPES)]}
@@ -111,6 +112,15 @@ def _merge_step(rule: Rule[Any], shared: dict[str, Any]) -> dict[str, Any]:
             **_closed({name: _list({"anyOf": _forms(v)}) for name, v in {**values, "seed": _SEED}.items()}),
             "description": "one model for each combination of these values",
         },
+        "output": {"enum": list(own.OUTPUTS), "description": "a model, or of adapters of one base an adapter"},
+        "rank": {**_RANK, "description": "of the adapter, which is then no longer exact"},
+        "energy": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "maximum": 1,
+            "description": "the share of each tensor's squared change that the adapter keeps",
+        },
+        "max_rank": {**_RANK, "description": "no larger rank than this with energy"},
     }
     # With slices the base may stand in one of them.
     choice = [{"required": ["models", "base"] if rule.needs_base else ["models"]}, {"required": ["slices"]}]

@@ -15,6 +15,8 @@ add up to zero cannot be normalised and are used as they are, with a warning (me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 from torch import Tensor
 
@@ -26,6 +28,20 @@ from regraft.methods import Options, Paper
 class LinearOptions(Options):
     weight: PerModel[float] = Field((1.0,), description="weight of each model")
     normalize: bool = Field(True, description="divide by the sum of the weights")
+
+
+def _shares(options: LinearOptions) -> tuple[list[float], bool, bool]:
+    """What each model counts; whether that was normalised; whether the shares add up to 1."""
+    weights = options.weight
+    total = sum(weights)
+    normalized = options.normalize and abs(total) >= 1e-8
+    share = [w / total for w in weights] if normalized else list(weights)
+    return share, normalized, any(share) and (normalized or total == 1)
+
+
+def _combination(options: LinearOptions) -> Sequence[float] | None:
+    share, _, whole = _shares(options)
+    return share if whole else None
 
 
 @rule(
@@ -41,19 +57,16 @@ class LinearOptions(Options):
             28,
         )
     ],
+    combination=_combination,
     mergekit_defaults={"weight": REQUIRED},
 )
 def linear(unit: Unit[LinearOptions]) -> Combine | Copy:
-    weights = unit.options.weight
-    total = sum(weights)
-    normalized = unit.options.normalize and abs(total) >= 1e-8
+    share, normalized, anchored = _shares(unit.options)
     if unit.options.normalize and not normalized:
         unit.warn("the weights of linear add up to zero, so they were not normalised")
-    share = [w / total for w in weights] if normalized else list(weights)
     active = [i for i, w in enumerate(share) if w != 0]
     if len(active) == 1 and share[active[0]] == 1:
         return Copy(active[0])
-    anchored = bool(active) and (normalized or total == 1)
 
     def combine(c: Chunk[LinearOptions]) -> Tensor:
         if not anchored:

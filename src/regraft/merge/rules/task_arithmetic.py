@@ -12,10 +12,12 @@ of the base: the same number with one rounding less, so that a single model with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.consensus import Sparse, TaskVectorOptions, changed, onto_base, total
+from regraft.merge.consensus import ABOUT_ZERO, Sparse, TaskVectorOptions, changed, onto_base, total
 from regraft.merge.kernels import weighted_sum
 from regraft.merge.rule import REQUIRED, Chunk, Combine, Copy, Unit, rule
 from regraft.methods import Paper
@@ -23,6 +25,12 @@ from regraft.methods import Paper
 
 class TaskArithmeticOptions(TaskVectorOptions):
     normalize: bool = Field(False, description="divide the sum of task vectors by the sum of the weights")
+
+
+def _combination(options: TaskArithmeticOptions) -> Sequence[float]:
+    total = sum(options.weight)
+    divisor = total if options.normalize and abs(total) >= ABOUT_ZERO else 1.0
+    return [options.lambda_ * weight / divisor for weight in options.weight]
 
 
 @rule(
@@ -40,6 +48,7 @@ class TaskArithmeticOptions(TaskVectorOptions):
             18,
         ),
     ],
+    combination=_combination,
     mergekit_defaults={"weight": REQUIRED},
 )
 def task_arithmetic(unit: Unit[TaskArithmeticOptions]) -> Combine | Copy:
