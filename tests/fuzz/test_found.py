@@ -8,15 +8,18 @@ import pickle
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from fuzz import mutate, seeds
+from models import save_model
 from regraft.checkpoint import open_checkpoint
 from regraft.checkpoint.adapter_config import AdapterConfig
 from regraft.checkpoint.card import write_card
@@ -381,3 +384,33 @@ def test_recipes_that_ask_for_too_much(text: str, code: str, message: str) -> No
 def test_characters_in_two_halves_are_one() -> None:
     recipe = parse_recipe('models: {a: "./\\ud83d\\ude00"}\nsteps: {m: {merge: passthrough, models: [a]}}')
     assert recipe.models["a"] == "./\U0001f600"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "context length" + " " * 10**6,
+        "sequence" + " " * 10**6 + "length",
+        "context size " + "*|" * 5 * 10**5,
+        "1," * 5 * 10**5,
+        "7" + " " * 10**6,
+        "9" * 10**6,
+    ],
+)
+def test_cards_are_searched_in_a_time_that_grows_with_their_length(tmp_path: Path, text: str) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    (folder / "README.md").write_text(f"# A model\n\n{text} x", encoding="utf-8")
+    begun = time.process_time()
+    look(str(folder))
+    assert time.process_time() - begun < 20
+
+
+def test_an_adapter_on_a_model_whose_vocabulary_has_no_size(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "llama", tie_word_embeddings=False)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": {"a": 1}}))
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{k: v for k, v in config.items() if k != "architectures"}))
+    settings = peft.LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    with suppress(UserError):
+        open_checkpoint(f"{base}+{tmp_path / 'adapter'}")

@@ -107,7 +107,7 @@ class Ties:
 
     def _may_be_shared(self, name: str) -> bool:
         source = self._base.tensors.get(name)
-        vocabularies = {part.get("vocab_size") for part in configs(self._base.config)}
+        vocabularies = [part.get("vocab_size") for part in configs(self._base.config)]
         return source is not None and len(source.shape) == 2 and source.shape[0] in vocabularies
 
     def _refuse_unknown(self, name: str, config: AdapterConfig) -> None:

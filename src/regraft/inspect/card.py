@@ -31,9 +31,14 @@ _TASK_HEADS = {
     "summarization": ("sequence to sequence", "causal language model"),
 }
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-_PARAMETERS = re.compile(r"(?<![\w.])(\d+(?:[.,]\d+)*)\s*(k|m|b|t|million|billion|trillion)?\s+param\w*", re.IGNORECASE)
+# Every repetition is bounded: a card is a stranger's text, and a search must not take a time beyond its length.
+_PARAMETERS = re.compile(
+    r"(?<![\w.])(\d{1,15}(?:[.,]\d{1,15}){0,6})\s{0,5}(k|m|b|t|million|billion|trillion)?\s{1,20}param\w{0,20}",
+    re.IGNORECASE,
+)
 _CONTEXT = re.compile(
-    r"(?:context|sequence)\s+(?:length|window|size)\s*(?:of|is|=|:|\*|\||up to|to)*\s*(\d[\d,]*)\s*(k)?\b",
+    r"(?:context|sequence)\s{1,20}(?:length|window|size)"
+    r"[\s=:*|]{0,20}(?:(?:of|is|up to|to)[\s=:*|]{0,20}){0,3}(\d[\d,]{0,20})\s{0,5}(k)?\b",
     re.IGNORECASE,
 )
 # A size in words is rounded ("7B" is 6.7), and embeddings may or may not be counted.
