@@ -53,7 +53,9 @@ class Job:
     def grain(self) -> int:
         """Elements that the rule needs to see together."""
         span = "elements" if self.rule is None else self.rule.span(self.options)
-        return {"elements": 1, "rows": self.info.width, "tensor": max(self.info.numel, 1)}[span]
+        whole = max(self.info.numel, 1)
+        matrix = whole if self.info.is_matrix else 1
+        return {"elements": 1, "rows": self.info.width, "matrices": matrix, "tensor": whole}[span]
 
     @property
     def block(self) -> int:
@@ -139,7 +141,7 @@ def predict_memory(jobs: Sequence[Job], workers: int, chunk: int) -> int:
     largest = 0
     for job in jobs:
         length = min(job.chunk(chunk), max(job.info.numel, 1))
-        rows = (len(job.models) + 1) * _ROWS_PER_MODEL if job.rule is not None else 1
+        rows = 1 if job.rule is None else (len(job.models) + 1) * _ROWS_PER_MODEL + job.rule.rows_beside
         wanted = length * rows * job.arithmetic.itemsize
         if job.rule is not None and job.rule.order_statistics:
             wanted += _TABLES * table_bytes(len(job.models), job.rule.order_statistics)

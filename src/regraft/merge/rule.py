@@ -93,6 +93,11 @@ class TensorInfo:
         """Elements per row: all axes but the first, or the whole of a vector."""
         return max(self.numel // self.shape[0], 1) if len(self.shape) > 1 and self.shape[0] else max(self.numel, 1)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has two axes and is no embedding, head, norm or buffer."""
+        return len(self.shape) == 2 and not self.role
+
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], layout: Layout) -> TensorInfo:
         """The tensor `name` of a model with this layout. Outside the layers `num_layers` is that of its stack."""
@@ -224,9 +229,11 @@ class Rule(Method, Generic[O]):
     max_models: int | None = None
     scope: Callable[[O], str] = lambda _: "tensor"  # "tensor" or "model"
     model_wide: tuple[str, ...] = ()  # options that must not vary between tensors in scope "model"
-    # What a chunk must not cut: "elements", "rows" (all axes but the first; a vector is one row) or "tensor". Rules
-    # that need whole tensors hold as many of them in memory as there are workers.
+    # What a chunk must not cut: "elements", "rows" (all axes but the first; a vector is one row), "matrices" (whole
+    # ones, while other tensors are cut anywhere) or "tensor". Rules that need whole tensors hold as many of them in
+    # memory as there are workers.
     span: Callable[[O], str] = lambda _: "elements"
+    rows_beside: int = 0  # tensors of a chunk's length that it holds beside those per model, for the estimate of memory
     order_statistics: int = 0  # most that it asks for at once of each model, for the estimate of memory
     # The rule as a fixed combination base + Σ cᵢ (θᵢ - base), if it is one: c for the options, None where they make it
     # none. Adapters are then merged without their models.
