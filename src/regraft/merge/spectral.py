@@ -24,8 +24,9 @@ from regraft.methods import Paper
 
 O = TypeVar("O", bound=TaskVectorOptions)  # noqa: E741
 
-# Tensors that these rules hold beside those per model: a decomposition with its workspace takes seven.
-ROWS_BESIDE = 8
+# Tensors that these rules hold beside those per model: a decomposition with its workspace takes seven, and what is kept
+# of others meanwhile (the common space, what it leaves of a task) up to four.
+ROWS_BESIDE = 11
 
 ISOTROPIC = Paper(
     "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
