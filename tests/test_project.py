@@ -30,6 +30,7 @@ LAYERS = {
     "axes": 0,
     "merge": 1,
     "inspect": 1,
+    "deltas": 1,
     "recipe": 2,
     "report": 2,
     "cli": 3,
@@ -201,7 +202,7 @@ def test_every_command_and_code_has_its_page(generate: Any) -> None:
     pages = generate.pages()
     for code in CODES:
         assert f"### {code}: " in pages["errors.md"]
-    for name in ("merge", "run", "plan", "inspect", "methods", "schema"):
+    for name in ("merge", "run", "plan", "inspect", "methods", "schema", "delta"):
         assert f"# regraft {name}" in pages[f"commands/{name}.md"]
 
 

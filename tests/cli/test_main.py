@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-COMMANDS = {"merge", "run", "plan", "inspect", "methods", "schema"}
+COMMANDS = {"merge", "run", "plan", "inspect", "methods", "schema", "delta"}
 
 
 def test_help_imports_nothing_heavy() -> None:

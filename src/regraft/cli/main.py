@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from regraft.cli.delta import delta
 from regraft.cli.inspect import inspect
 from regraft.cli.merge import merge
 from regraft.cli.methods import methods
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 for function in (merge, run, plan, inspect, methods, schema):
     app.command()(command(function))
+app.add_typer(delta, name="delta")
 
 
 def _print_versions(wanted: bool) -> None:

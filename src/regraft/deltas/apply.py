@@ -1,0 +1,175 @@
+"""From a base and a delta back to a model that from_pretrained loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regraft.checkpoint import Checkpoint, ModelWriter, TensorSource, TensorSpec
+from regraft.checkpoint.licences import short_name
+from regraft.checkpoint.lineage import InputRecord, Lineage, Output
+from regraft.checkpoint.model import open_shell
+from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
+from regraft.checkpoint.weights import folder_weights
+from regraft.checkpoint.writer import size_on_disk
+from regraft.deltas.card import write_model_card
+from regraft.deltas.encoding import Parts, restored, slices, whole
+from regraft.deltas.record import FILES, Delta, TensorRecord, main_dtype
+from regraft.deltas.sketch import distance_to_own
+from regraft.errors import UserError
+
+
+@dataclass(frozen=True)
+class OpenDelta:
+    """A delta on disk, its headers read: the record, and what is stored by part and tensor."""
+
+    path: Path
+    record: Delta
+    parts: Parts
+
+    @property
+    def bytes(self) -> int:
+        """Size of what is stored."""
+        return size_on_disk([TensorSpec(name, part.shape, part.dtype) for name, part in self.parts.items()])
+
+
+def open_delta(path: Path) -> OpenDelta:
+    """Open a folder that `extract` made.
+
+    Raises:
+        UserError: RG101, RG105 if it is no delta, RG102 to RG106 for its files.
+    """
+    if not path.is_dir():
+        raise UserError("RG101", "there is no such folder", where=str(path), fix="name a folder that holds a delta")
+    return OpenDelta(path, Delta.read(path), folder_weights(path).tensors)
+
+
+def apply(
+    delta: OpenDelta,
+    base: Checkpoint,
+    out: Path,
+    *,
+    scale: float = 1.0,
+    force: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Lineage:
+    """Write base + scale x delta into the folder `out`.
+
+    Args:
+        scale: what the differences are multiplied by; tensors that are stored whole are not.
+        force: replace an output that exists, and go on with a base that is not the delta's own, if the shapes agree.
+        on_progress: called with (elements done, elements in all).
+
+    Raises:
+        UserError: RG211 for another base unless `force`, RG201 and RG202 for one that does not fit, RG112 for a damaged
+            delta, RG206 for results that are not finite, RG401 to RG405 for the output.
+    """
+    record = delta.record
+    sources = {name: _source(delta, base, name, one) for name, one in record.tensors.items()}
+    remarks = _check_base(delta, base, force)
+    specs = [TensorSpec(name, tuple(one.shape), one.torch_dtype) for name, one in record.tensors.items()]
+    inputs = [InputRecord.of(base, short_name(base), role="base", digest=base.full_digest(), digest_kind="content")]
+    settings: dict[str, Any] = {"scale": scale, "kind": record.kind, "model": record.model.model_dump(mode="json")}
+    lineage = Lineage(kind="delta", method="delta", inputs=inputs, settings=settings, warnings=remarks)
+    with ModelWriter(out, specs, force=force) as writer:
+        work = _Work(delta.parts, writer, scale, sum(spec.numel for spec in specs), on_progress)
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda spec: work.store(spec, record.tensors[spec.name], sources[spec.name]), specs))
+        dtype = main_dtype({spec.name: (spec.dtype, spec.numel) for spec in specs})
+        _write_files(writer.staging, delta, base, dtype)
+        lineage.output = Output(
+            tensors=len(specs),
+            parameters=sum(spec.numel for spec in specs if spec.dtype.is_floating_point),
+            bytes=size_on_disk(specs),
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        lineage.licence = record.licence
+        lineage.finish()
+        lineage.write(writer.staging)
+        write_model_card(writer.staging, record, short_name(base), scale, remarks, name=writer.out.name)
+        writer.publish()
+    return lineage
+
+
+def _source(delta: OpenDelta, base: Checkpoint, name: str, record: TensorRecord) -> TensorSource:
+    """The tensor that a change is added to; the stored one if it is whole."""
+    shape = tuple(record.shape)
+    if record.encoding == "whole":
+        return whole(delta.parts, name, shape, record.torch_dtype)
+    if name not in base.tensors and name not in base.aliases:
+        what = f"the base has no tensor {name}"
+        raise UserError("RG202", what, where=base.ref, fix=f"the delta belongs to {delta.record.base.name}")
+    source = base.source(name)
+    if source.shape != shape:
+        what = f"{name} has shape {list(source.shape)} in the base and {list(shape)} in the delta"
+        raise UserError("RG201", what, where=base.ref, fix=f"the delta belongs to {delta.record.base.name}")
+    floats = source.dtype.is_floating_point and record.torch_dtype.is_floating_point
+    if source.dtype != record.torch_dtype if record.encoding == "base" else not floats:
+        what = f"{name} is {source.dtype} in the base and {record.torch_dtype} in the delta"
+        raise UserError("RG211", what, where=base.ref, fix=f"the delta belongs to {delta.record.base.name}")
+    return source
+
+
+def _check_base(delta: OpenDelta, base: Checkpoint, force: bool) -> list[str]:
+    """A remark on a base that is not the delta's own."""
+    if base.full_digest() == delta.record.base.digest:
+        return []
+    distance = distance_to_own(delta.parts, base).sentence()
+    what = f"this is not the base that the delta was made from ({delta.record.base.name}); to it, it is {distance}"
+    if not force:
+        fix = "name that base, or add --force to add the delta to this one"
+        raise UserError("RG211", what, where=base.ref, fix=fix)
+    return [what]
+
+
+def _write_files(staging: Path, delta: OpenDelta, base: Checkpoint, dtype: torch.dtype) -> None:
+    """Config, tokenizer and the like: the base's where they are the fine-tune's too, then those of the delta."""
+    kept = {name: path for name, path in base.files.items() if name in delta.record.base_files}
+    folder = delta.path / FILES
+    own = [open_shell(str(delta.path), folder)] if folder.is_dir() else []
+    for one in (dataclasses.replace(base, files=kept), *own):
+        copy_sidecars(staging, config_from=one, tokenizer_from=one, config_changes={}, dtype=dtype)
+    copy_licences(staging, [open_shell(str(delta.path), delta.path)])
+
+
+class _Work:
+    """Adds changes, tensor by tensor, in several threads."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        writer: ModelWriter,
+        scale: float,
+        total: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._parts, self._writer, self._scale = parts, writer, scale
+        self._total, self._on_progress, self._done, self._lock = total, on_progress, 0, threading.Lock()
+
+    def store(self, spec: TensorSpec, record: TensorRecord, source: TensorSource) -> None:
+        """Write one tensor of the result."""
+        values: Iterator[tuple[int, torch.Tensor]]
+        if record.encoding in ("base", "whole"):
+            values = ((start, source.read(start, stop)) for start, stop in slices(spec.numel))
+        else:
+            values = restored(self._parts, spec.name, spec.shape, spec.dtype, record.encoding, source, self._scale)
+        for start, piece in values:
+            if spec.dtype.is_floating_point and not bool(torch.isfinite(piece.float()).all()):
+                what = f"{spec.name} would hold values that are not finite"
+                raise UserError("RG206", what, where=f"scale {self._scale:g}", fix="repair the base, or lower --scale")
+            self._writer.write(spec.name, start, piece)
+            self._advance(piece.numel())
+
+    def _advance(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            if self._on_progress is not None:
+                self._on_progress(self._done, self._total)
