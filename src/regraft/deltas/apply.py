@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,10 @@ from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
 from regraft.checkpoint.weights import folder_weights
 from regraft.checkpoint.writer import size_on_disk
 from regraft.deltas.card import write_model_card
-from regraft.deltas.encoding import Parts, restored, slices, whole
+from regraft.deltas.encoding import Parts, arithmetic, restored, slices, whole
 from regraft.deltas.record import FILES, Delta, TensorRecord, main_dtype
 from regraft.deltas.sketch import distance_to_own
+from regraft.deltas.work import Work, check_output, each
 from regraft.errors import UserError
 
 
@@ -72,17 +71,18 @@ def apply(
         UserError: RG211 for another base unless `force`, RG201 and RG202 for one that does not fit, RG112 for a damaged
             delta, RG206 for results that are not finite, RG401 to RG405 for the output.
     """
+    check_output(out, [delta.path, base.path], force=force)
     record = delta.record
     sources = {name: _source(delta, base, name, one) for name, one in record.tensors.items()}
-    remarks = _check_base(delta, base, force)
+    digest = base.full_digest()
+    remarks = [] if digest == record.base.digest else [_other_base(delta, base, force)]
     specs = [TensorSpec(name, tuple(one.shape), one.torch_dtype) for name, one in record.tensors.items()]
-    inputs = [InputRecord.of(base, short_name(base), role="base", digest=base.full_digest(), digest_kind="content")]
+    inputs = [InputRecord.of(base, short_name(base), role="base", digest=digest, digest_kind="content")]
     settings: dict[str, Any] = {"scale": scale, "kind": record.kind, "model": record.model.model_dump(mode="json")}
     lineage = Lineage(kind="delta", method="delta", inputs=inputs, settings=settings, warnings=remarks)
     with ModelWriter(out, specs, force=force) as writer:
-        work = _Work(delta.parts, writer, scale, sum(spec.numel for spec in specs), on_progress)
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda spec: work.store(spec, record.tensors[spec.name], sources[spec.name]), specs))
+        work = Work(sum(spec.numel for spec in specs), on_progress)
+        each(partial(_restore, delta, sources, scale, writer, work), specs)
         dtype = main_dtype({spec.name: (spec.dtype, spec.numel) for spec in specs})
         _write_files(writer.staging, delta, base, dtype)
         lineage.output = Output(
@@ -118,16 +118,14 @@ def _source(delta: OpenDelta, base: Checkpoint, name: str, record: TensorRecord)
     return source
 
 
-def _check_base(delta: OpenDelta, base: Checkpoint, force: bool) -> list[str]:
-    """A remark on a base that is not the delta's own."""
-    if base.full_digest() == delta.record.base.digest:
-        return []
+def _other_base(delta: OpenDelta, base: Checkpoint, force: bool) -> str:
+    """A remark on a base that is not the delta's own; raises RG211 unless `force`."""
     distance = distance_to_own(delta.parts, base).sentence()
     what = f"this is not the base that the delta was made from ({delta.record.base.name}); to it, it is {distance}"
     if not force:
         fix = "name that base, or add --force to add the delta to this one"
         raise UserError("RG211", what, where=base.ref, fix=fix)
-    return [what]
+    return what
 
 
 def _write_files(staging: Path, delta: OpenDelta, base: Checkpoint, dtype: torch.dtype) -> None:
@@ -140,36 +138,24 @@ def _write_files(staging: Path, delta: OpenDelta, base: Checkpoint, dtype: torch
     copy_licences(staging, [open_shell(str(delta.path), delta.path)])
 
 
-class _Work:
-    """Adds changes, tensor by tensor, in several threads."""
-
-    def __init__(
-        self,
-        parts: Parts,
-        writer: ModelWriter,
-        scale: float,
-        total: int,
-        on_progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self._parts, self._writer, self._scale = parts, writer, scale
-        self._total, self._on_progress, self._done, self._lock = total, on_progress, 0, threading.Lock()
-
-    def store(self, spec: TensorSpec, record: TensorRecord, source: TensorSource) -> None:
-        """Write one tensor of the result."""
-        values: Iterator[tuple[int, torch.Tensor]]
-        if record.encoding in ("base", "whole"):
-            values = ((start, source.read(start, stop)) for start, stop in slices(spec.numel))
-        else:
-            values = restored(self._parts, spec.name, spec.shape, spec.dtype, record.encoding, source, self._scale)
-        for start, piece in values:
-            if spec.dtype.is_floating_point and not bool(torch.isfinite(piece.float()).all()):
-                what = f"{spec.name} would hold values that are not finite"
-                raise UserError("RG206", what, where=f"scale {self._scale:g}", fix="repair the base, or lower --scale")
-            self._writer.write(spec.name, start, piece)
-            self._advance(piece.numel())
-
-    def _advance(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            if self._on_progress is not None:
-                self._on_progress(self._done, self._total)
+def _restore(
+    delta: OpenDelta,
+    sources: Mapping[str, TensorSource],
+    scale: float,
+    writer: ModelWriter,
+    work: Work,
+    spec: TensorSpec,
+) -> None:
+    """Write one tensor of the result."""
+    source, encoding = sources[spec.name], delta.record.tensors[spec.name].encoding
+    values: Iterator[tuple[int, torch.Tensor]]
+    if encoding in ("base", "whole"):
+        values = ((start, source.read(start, stop)) for start, stop in slices(spec.numel))
+    else:
+        values = restored(delta.parts, spec.name, spec.shape, spec.dtype, encoding, source, scale)
+    for start, piece in values:
+        if spec.dtype.is_floating_point and not bool(torch.isfinite(piece.to(arithmetic(piece.dtype))).all()):
+            what = f"{spec.name} would hold values that are not finite"
+            raise UserError("RG206", what, where=f"scale {scale:g}", fix="repair the base, or lower --scale")
+        writer.write(spec.name, start, piece)
+        work.advance(piece.numel())

@@ -1,10 +1,10 @@
 """How the difference of one tensor is stored, written and read back slice by slice.
 
 `dense` is the difference in the fine-tune's own dtype. Between two numbers of one format that are within a factor of
-two of each other it is exact; where base plus difference does not round to the fine-tune's own bits, the entry is marked
-and its value stored, so that all entries come back whatever the dtype. `sparse` marks the entries that changed most and
-stores their differences. `bits` is BitDelta (arXiv:2402.10193) before its scales are trained: a sign for each entry and
-one scale for the tensor, the mean of the absolute changes, which is nearest to them in least squares.
+two of each other it is exact; where base plus difference does not round to the fine-tune's own bits, the entry is
+marked and its value stored, so that all entries come back whatever the dtype. `sparse` marks the entries that changed
+most and stores their differences. `bits` is BitDelta (arXiv:2402.10193) before its scales are trained: a sign for each
+entry and one scale for the tensor, the mean of the absolute changes, which is nearest to them in least squares.
 
 What is stored of a tensor is called by the part's name, a slash, and the tensor's name.
 """

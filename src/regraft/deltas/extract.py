@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import filecmp
 import math
-import os
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -39,10 +35,10 @@ from regraft.deltas.encoding import (
 from regraft.deltas.pairs import Pair, pairs
 from regraft.deltas.record import FILES, Delta, Encoding, Kind, Parent, TensorRecord, dtype_name, main_dtype
 from regraft.deltas.sketch import sketch, sketched, spec
+from regraft.deltas.work import Work, check_output, each
 from regraft.errors import UserError
 
 DENSITY = 0.1
-T = TypeVar("T")
 
 
 def extract(
@@ -69,9 +65,10 @@ def extract(
     """
     if not 0 < density <= 1:
         raise UserError("RG303", f"the density is {density} and must be above 0 and at most 1", fix="try 0.1")
+    check_output(out, [model.path, base.path], force=force)
     matched, removed = pairs(base, model, force=force)
     work = _Extraction(matched, kind, density, on_progress)
-    plans = work.each(work.plan)
+    plans = each(work.plan, matched)
     if all(plan.encoding == "base" for plan in plans):
         what = "the model and the base have the same weights"
         raise UserError("RG210", what, where=model.ref, fix="name the fine-tune and the model that it was made from")
@@ -80,7 +77,7 @@ def extract(
     with ModelWriter(out, specs, force=force) as writer:
         for source in samples:
             writer.write(spec(source).name, 0, sketch(source))
-        measured = work.each(lambda pair: work.store(pair, writer))
+        measured = each(lambda pair: work.store(pair, writer), matched)
         differences = [one for one in measured if one.size is not None]
         delta = Delta(
             kind=kind,
@@ -127,21 +124,15 @@ class _Extraction:
     def __init__(
         self, matched: list[Pair], kind: Kind, density: float, on_progress: Callable[[int, int], None] | None
     ) -> None:
-        self._pairs, self._kind, self._density = matched, kind, density
-        self._on_progress, self._done, self._lock = on_progress, 0, threading.Lock()
-        self._total = 2 * sum(numel(pair.model) for pair in matched)
+        self._kind, self._density = kind, density
+        self._work = Work(2 * sum(numel(pair.model) for pair in matched), on_progress)
         self._plans: dict[str, _Plan] = {}
-
-    def each(self, function: Callable[[Pair], T]) -> list[T]:
-        """A function of every tensor, in some threads."""
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            return list(pool.map(function, self._pairs))
 
     def plan(self, pair: Pair) -> _Plan:
         """Look at a tensor, and say how it will be stored."""
         plan = self._planned(pair)
         self._plans[pair.name] = plan
-        self._advance(numel(pair.model))
+        self._work.advance(numel(pair.model))
         return plan
 
     def _planned(self, pair: Pair) -> _Plan:
@@ -179,14 +170,8 @@ class _Extraction:
                 error += _squares(back.to(torch.float64) - stored.to(torch.float64))
                 size += _squares(change)
             record.relative_error, record.exact = _ratio(error, size), exact / count
-        self._advance(count)
+        self._work.advance(count)
         return _Measured(record, count, exact, error, size)
-
-    def _advance(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            if self._on_progress is not None:
-                self._on_progress(self._done, self._total)
 
 
 def _read(base: TensorSource, model: TensorSource) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
