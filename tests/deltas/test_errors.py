@@ -63,12 +63,14 @@ def test_a_stranger_is_refused_unless_forced(llama: Path, tmp_path: Path, there_
     assert all(torch.equal(back[name], wanted[name]) for name in wanted)
 
 
-def test_values_that_are_not_finite_are_refused(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.norm.weight", "only_here.weight"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused(name: str, value: float, llama: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(llama / "tuned", tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.norm.weight"][3] = torch.nan
+    tensors.setdefault(name, torch.zeros(4))[3] = value
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    assert "model.norm.weight" in refused("RG206", llama / "base", broken, tmp_path / "out")
+    assert name in refused("RG206", llama / "base", broken, tmp_path / "out")
 
 
 def test_a_model_has_no_delta_to_itself(llama: Path, tmp_path: Path) -> None:
@@ -138,6 +140,17 @@ def test_a_record_that_cannot_be_is_refused(edit: Any, made: Path, tmp_path: Pat
     with pytest.raises(UserError) as caught:
         open_delta(folder)
     assert caught.value.code == "RG105"
+
+
+@pytest.mark.parametrize("name", ["delta.json", "files"])
+def test_a_link_out_of_the_folder_is_refused(name: str, made: Path, llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "delta")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to((made / name) if name == "delta.json" else llama / "base")
+    with pytest.raises(UserError) as caught:
+        apply(open_delta(folder), open_checkpoint(str(llama / "base")), tmp_path / "out")
+    assert caught.value.code == "RG104"
+    assert not (tmp_path / "out").exists()
 
 
 DAMAGES: list[Any] = [

@@ -48,6 +48,20 @@ def test_dense_gives_the_fine_tune_back(
     assert torch.equal(loaded(ids).logits, kind.from_pretrained(tuned, dtype="auto")(ids).logits)
 
 
+@pytest.mark.parametrize("tied", ["base", "tuned"])
+def test_heads_tied_on_one_side(tied: str, tmp_path: Path, there_and_back: Any) -> None:
+    folders = [save_model(tmp_path / name, "llama", tie_word_embeddings=name == tied) for name in ("base", "tuned")]
+    tensors = load_file(folders[1] / "model.safetensors")
+    tensors["model.norm.weight"] += 0.5
+    save_file(tensors, folders[1] / "model.safetensors", {"format": "pt"})
+    back = there_and_back(*folders)
+    assert ("lm_head.weight" in back) is (tied == "base")
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    assert back.keys() == tensors.keys()
+    loaded = hf.LlamaForCausalLM.from_pretrained(tmp_path / "back")
+    assert torch.equal(loaded.lm_head.weight, tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"]))
+
+
 @pytest.mark.parametrize("density", [0.01, 0.2, 1.0])
 def test_sparse_keeps_the_largest_differences(density: float, llama: Path, there_and_back: Any) -> None:
     back = there_and_back(llama / "base", llama / "tuned", "sparse", density=density)

@@ -15,6 +15,7 @@ from regraft.checkpoint import Checkpoint, ModelWriter, TensorSource, TensorSpec
 from regraft.checkpoint.licences import short_name
 from regraft.checkpoint.lineage import InputRecord, Lineage, Output
 from regraft.checkpoint.model import open_shell
+from regraft.checkpoint.paths import inside
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
 from regraft.checkpoint.weights import folder_weights
 from regraft.checkpoint.writer import size_on_disk
@@ -69,7 +70,7 @@ def apply(
 
     Raises:
         UserError: RG211 for another base unless `force`, RG201 and RG202 for one that does not fit, RG112 for a damaged
-            delta, RG206 for results that are not finite, RG401 to RG405 for the output.
+            delta, RG206 for sums that are not finite, RG401 to RG405 for the output.
     """
     check_output(out, [delta.path, base.path], force=force)
     record = delta.record
@@ -94,7 +95,7 @@ def apply(
         lineage.licence = record.licence
         lineage.finish()
         lineage.write(writer.staging)
-        write_model_card(writer.staging, record, short_name(base), scale, remarks, name=writer.out.name)
+        write_model_card(writer.staging, record, base, scale, remarks, name=writer.out.name)
         writer.publish()
     return lineage
 
@@ -131,7 +132,7 @@ def _other_base(delta: OpenDelta, base: Checkpoint, force: bool) -> str:
 def _write_files(staging: Path, delta: OpenDelta, base: Checkpoint, dtype: torch.dtype) -> None:
     """Config, tokenizer and the like: the base's where they are the fine-tune's too, then those of the delta."""
     kept = {name: path for name, path in base.files.items() if name in delta.record.base_files}
-    folder = delta.path / FILES
+    folder = inside(delta.path, FILES, where=delta.path)
     own = [open_shell(str(delta.path), folder)] if folder.is_dir() else []
     for one in (dataclasses.replace(base, files=kept), *own):
         copy_sidecars(staging, config_from=one, tokenizer_from=one, config_changes={}, dtype=dtype)
@@ -154,7 +155,7 @@ def _restore(
     else:
         values = restored(delta.parts, spec.name, spec.shape, spec.dtype, encoding, source, scale)
     for start, piece in values:
-        if spec.dtype.is_floating_point and not bool(torch.isfinite(piece.to(arithmetic(piece.dtype))).all()):
+        if encoding not in ("base", "whole") and not bool(torch.isfinite(piece.to(arithmetic(piece.dtype))).all()):
             what = f"{spec.name} would hold values that are not finite"
             raise UserError("RG206", what, where=f"scale {scale:g}", fix="repair the base, or lower --scale")
         writer.write(spec.name, start, piece)

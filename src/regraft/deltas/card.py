@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from regraft.checkpoint.licences import on_hub
+from regraft.checkpoint import Checkpoint
+from regraft.checkpoint.licences import on_hub, short_name
 from regraft.deltas.record import Delta
 
 _WHAT = {
@@ -40,24 +41,27 @@ regraft delta apply path/to/this/folder out/ --base {delta.base.repo_id or "path
 
 `delta.json` holds the digests, and the errors of every tensor. Made with regraft {delta.regraft}.
 """
-    _write(folder, _metadata(delta, "adapter", ["delta", delta.kind, "regraft"]), text)
+    _write(folder, _metadata(delta, delta.base.repo_id, "adapter", ["delta", delta.kind, "regraft"]), text)
 
 
-def write_model_card(folder: Path, delta: Delta, base: str, scale: float, remarks: list[str], *, name: str) -> None:
+def write_model_card(
+    folder: Path, delta: Delta, base: Checkpoint, scale: float, remarks: list[str], *, name: str
+) -> None:
     """Write README.md of a base with a delta added to it."""
     notes = "".join(f"\nNote: {remark}.\n" for remark in remarks)
     text = f"""# {name}
 
-`{base}` with {scale:g} times what fine-tuning changed in `{delta.base.name}` to make `{delta.model.name}`,
+`{short_name(base)}` with {scale:g} times what fine-tuning changed in `{delta.base.name}` to make `{delta.model.name}`,
 from a `{delta.kind}` delta whose changes have the relative error {delta.relative_error:.4g}.
 
 Limits and biases of the models that it was made from may remain. Made with regraft {delta.regraft}.
 {notes}"""
-    _write(folder, _metadata(delta, "finetune", ["regraft", "delta"]) | {"library_name": "transformers"}, text)
+    data = _metadata(delta, base.repo_id, "finetune", ["regraft", "delta"])
+    _write(folder, data | {"library_name": "transformers"}, text)
 
 
-def _metadata(delta: Delta, relation: str, tags: list[str]) -> dict[str, Any]:
-    data: dict[str, Any] = {"base_model": [delta.base.repo_id]} if delta.base.repo_id else {}
+def _metadata(delta: Delta, base: str, relation: str, tags: list[str]) -> dict[str, Any]:
+    data: dict[str, Any] = {"base_model": [base]} if base else {}
     data |= {"base_model_relation": relation, "tags": tags}
     if delta.licence and on_hub(delta.licence):
         data["license"] = delta.licence

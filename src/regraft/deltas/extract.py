@@ -160,7 +160,10 @@ class _Extraction:
         exact, error, size = count, 0.0, None
         if plan.encoding == "whole":
             for start, stop in slices(count):
-                writer.write(f"whole/{pair.name}", start, model.read(start, stop))
+                values = model.read(start, stop)
+                if values.dtype.is_floating_point:
+                    _check_finite(pair.name, values.to(arithmetic(values.dtype)), "the model")
+                writer.write(f"whole/{pair.name}", start, values)
         elif plan.encoder is not None and pair.base is not None:
             exact, size = 0, 0.0
             for start, own, stored, wide in _read(pair.base, model):
@@ -197,19 +200,19 @@ def _survey(base: TensorSource, model: TensorSource) -> tuple[int, float]:
     """
     odd, total = 0, 0.0
     for _, own, stored, wide in _read(base, model):
-        for source, values in ((base, own), (model, wide)):
-            damaged = int((~torch.isfinite(values)).sum())
-            if damaged:
-                what = (
-                    f"{source.name} holds values that are NaN or infinite, {damaged} of {values.numel()} in one place"
-                )
-                where = "the base" if source is base else "the model"
-                raise UserError("RG206", what, where=where, fix="repair that model")
+        _check_finite(base.name, own, "the base")
+        _check_finite(model.name, wide, "the model")
         change = wide - own
         back = added(own, rounded(change, model.dtype).to(own.dtype), 1.0, model.dtype)
         odd += int((~same_bits(back, stored)).sum())
         total += float(change.abs().sum(dtype=torch.float64))
     return odd, total / max(numel(model), 1)
+
+
+def _check_finite(name: str, values: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        what = f"{name} holds values that are NaN or infinite"
+        raise UserError("RG206", what, where=where, fix="repair that model")
 
 
 def _squares(values: Tensor) -> float:

@@ -60,7 +60,7 @@ def pairs(base: Checkpoint, model: Checkpoint, *, force: bool = False) -> tuple[
     for name, source in model.tensors.items():
         if name in copies:
             continue
-        theirs = one.find(name)
+        theirs = base.source(name) if name in base.tensors or name in base.aliases else None
         renamed = bare.get(other.layout.bare(name))
         if theirs is None and renamed is not None and renamed not in model.tensors:
             what = f"{name} of the model is called {renamed} in the base"

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from regraft.checkpoint import Checkpoint, read_json
 from regraft.checkpoint.licences import short_name
+from regraft.checkpoint.paths import inside
 from regraft.checkpoint.safetensors_file import MAX_NAME
 from regraft.checkpoint.tensor import DTYPE_NAMES, DTYPES
 from regraft.errors import UserError
@@ -107,9 +108,10 @@ class Delta(_Record):
         """The record of a delta.
 
         Raises:
-            UserError: RG105 if there is none, it is malformed, or of a later version of the format.
+            UserError: RG104 for a link out of the folder; RG105 if there is none, or it is malformed or of another
+                version.
         """
-        path = folder / FILE_NAME
+        path = inside(folder, FILE_NAME, where=folder)
         data = read_json(path)
         if data.get("format") != FORMAT:
             what = (
