@@ -82,6 +82,10 @@ def test_a_density_is_a_share(density: float, llama: Path, tmp_path: Path) -> No
     refused("RG303", llama / "base", llama / "tuned", tmp_path / "out", kind="sparse", density=density)
 
 
+def test_a_density_is_for_sparse_deltas(llama: Path, tmp_path: Path) -> None:
+    refused("RG303", llama / "base", llama / "tuned", tmp_path / "out", kind="bits", density=0.1)
+
+
 def test_another_base_is_refused_and_with_force_measured(made: Path, llama: Path, tmp_path: Path) -> None:
     delta, near = open_delta(made), save_fine_tune(tmp_path / "near", llama / "base", 5)
     for base, words in ((near, "as near as a fine-tune"), (llama / "stranger", "as far as an unrelated model")):

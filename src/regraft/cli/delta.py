@@ -35,7 +35,10 @@ HowStored = Annotated[
     ),
 ]
 Density = Annotated[
-    float, typer.Option("--density", metavar="SHARE", help="Of the entries of each tensor, for --kind sparse.")
+    float | None,
+    typer.Option(
+        "--density", metavar="SHARE", help="Of the entries of each tensor, for --kind sparse; 0.1 if not given."
+    ),
 ]
 Scale = Annotated[float, typer.Option("--scale", metavar="NUMBER", help="Multiply the differences by this.")]
 ForceExtract = Annotated[
@@ -56,7 +59,7 @@ def extract(
     out: DeltaOut,
     base: Base,
     kind: HowStored = Kind.dense,
-    density: Density = 0.1,
+    density: Density = None,
     force: ForceExtract = False,
     offline: Offline = False,
     as_json: opt.Json = False,

@@ -47,7 +47,7 @@ def extract(
     out: Path,
     kind: Kind = "dense",
     *,
-    density: float = DENSITY,
+    density: float | None = None,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Delta:
@@ -55,14 +55,17 @@ def extract(
 
     Args:
         kind: "dense" gives the fine-tune back bit for bit; "sparse" and "bits" approximate it.
-        density: share of the entries of each tensor that "sparse" keeps, in (0, 1].
+        density: share of the entries of each tensor that "sparse" keeps, in (0, 1]; a tenth if None.
         force: replace an output that exists, and go on although the model does not look like a fine-tune of the base.
         on_progress: called with (elements done, elements in all).
 
     Raises:
         UserError: what `pairs` raises; RG206 for values that are not finite, RG210 if nothing differs, RG303 for a
-            density that is out of range, RG401 to RG405 for the output.
+            density that is out of range or of another kind, RG401 to RG405 for the output.
     """
+    if density is not None and kind != "sparse":
+        raise UserError("RG303", f"a {kind} delta has no density", fix="leave it out, or take the kind sparse")
+    density = DENSITY if density is None else density
     if not 0 < density <= 1:
         raise UserError("RG303", f"the density is {density} and must be above 0 and at most 1", fix="try 0.1")
     check_output(out, [model.path, base.path], force=force)
