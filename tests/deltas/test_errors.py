@@ -129,6 +129,7 @@ def test_a_folder_that_is_no_delta_is_refused(llama: Path, tmp_path: Path) -> No
 EDITS: list[Any] = [
     lambda record: record.update(format=2),
     lambda record: record.update(kind="wavelets"),
+    lambda record: record.update(tensors={}),
     lambda record: record["tensors"]["model.norm.weight"].update(shape=[-1]),
     lambda record: record["tensors"]["model.norm.weight"].update(dtype="F4"),
     lambda record: record["tensors"].update(__metadata__=record["tensors"]["model.norm.weight"]),

@@ -90,7 +90,9 @@ class Delta(_Record):
     density: float | None = None
     base: Parent
     model: Parent
-    tensors: dict[Annotated[str, Field(max_length=MAX_NAME), AfterValidator(_allowed)], TensorRecord]
+    tensors: dict[Annotated[str, Field(max_length=MAX_NAME), AfterValidator(_allowed)], TensorRecord] = Field(
+        min_length=1
+    )
     removed: list[str] = []
     base_files: list[str] = []
     relative_error: float = 0.0
