@@ -294,9 +294,18 @@ def _commands_index() -> str:
 
 
 def _command(name: str, command: Any) -> str:
+    """The page of a command; of a group of commands, one section for each."""
+    inner = getattr(command, "commands", {})
+    if not inner:
+        return _usage(name, command, "#")
+    parts = [f"# regraft {name}", _flat(command.help)]
+    return "\n\n".join([*parts, *(_usage(f"{name} {verb}", one, "##") for verb, one in inner.items())])
+
+
+def _usage(name: str, command: Any, heading: str) -> str:
     arguments = " ".join(_argument(p) for p in command.params if p.param_type_name == "argument")
     usage = " ".join(filter(None, ["regraft", name, "[OPTIONS]", arguments]))
-    parts = [f"# regraft {name}", _flat(command.help), f"```text\n{usage}\n```", _parameters(command)]
+    parts = [f"{heading} regraft {name}", _flat(command.help), f"```text\n{usage}\n```", _parameters(command)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -31,6 +31,7 @@ LAYERS = {
     "merge": 1,
     "inspect": 1,
     "adapters": 1,
+    "deltas": 1,
     "recipe": 2,
     "report": 2,
     "cli": 3,
@@ -202,7 +203,7 @@ def test_every_command_and_code_has_its_page(generate: Any) -> None:
     pages = generate.pages()
     for code in CODES:
         assert f"### {code}: " in pages["errors.md"]
-    for name in ("merge", "run", "plan", "inspect", "extract-lora", "methods", "schema"):
+    for name in ("merge", "run", "plan", "inspect", "extract-lora", "delta", "methods", "schema"):
         assert f"# regraft {name}" in pages[f"commands/{name}.md"]
 
 

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-COMMANDS = {"merge", "run", "plan", "inspect", "methods", "schema"}
+COMMANDS = {"merge", "run", "plan", "inspect", "methods", "schema", "delta"}
 
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, json\n"
         "from regraft.cli.main import main\n"
-        "for arguments in ([], ['merge'], ['inspect'], ['methods']):\n"
+        "for arguments in ([], ['merge'], ['inspect'], ['methods'], ['delta', 'extract']):\n"
         "    sys.argv = ['regraft', *arguments, '--help']\n"
         "    try: main()\n"
         "    except SystemExit as end: assert end.code == 0\n"
@@ -28,7 +28,7 @@ def test_help_imports_nothing_heavy() -> None:
         roots = {name.split(".")[0] for name in json.loads(line)}
         assert not roots & heavy
         heavy.discard("pydantic")  # typer itself imports it for the options of a command, if it is installed
-    assert len(done.stderr.splitlines()) == 4
+    assert len(done.stderr.splitlines()) == 5
 
 
 def test_help_names_every_command(cli) -> None:

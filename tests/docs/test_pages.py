@@ -29,11 +29,19 @@ def pages() -> dict[str, str]:
 def test_every_command_has_a_page_with_its_options(pages: dict[str, str]) -> None:
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         page = pages[f"commands/{name}.md"]
-        for parameter in command.params:
-            if getattr(parameter, "hidden", False):
-                continue  # mergekit's switches have a table of their own
-            for flag in parameter.opts:
-                assert flag in page or str(parameter.metavar).strip("[].") in page
+        for one in [command, *getattr(command, "commands", {}).values()]:
+            assert one.help.split(". ")[0].split()[0] in page
+            for parameter in one.params:
+                if getattr(parameter, "hidden", False):
+                    continue  # mergekit's switches have a table of their own
+                for flag in parameter.opts:
+                    assert flag in page or str(parameter.metavar).strip("[].") in page
+
+
+def test_commands_within_a_command_have_their_sections(pages: dict[str, str]) -> None:
+    for verb in ("extract", "apply", "show"):
+        assert f"## regraft delta {verb}\n" in pages["commands/delta.md"]
+    assert "regraft delta extract [OPTIONS] MODEL OUT" in pages["commands/delta.md"]
 
 
 def test_every_method_has_a_page_with_its_options_and_papers(pages: dict[str, str]) -> None:

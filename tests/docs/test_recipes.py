@@ -14,9 +14,11 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from typer.testing import CliRunner
 
 from farm_tools import write_tokenizer
 from models import save_fine_tune, save_model
+from regraft.cli.main import app
 from regraft.merge.rule import Rule
 from regraft.methods import Options
 from regraft.recipe import EvaluateStep, load_recipe
@@ -172,3 +174,16 @@ def test_no_page_is_without_its_recipe() -> None:
     for page in generated:
         assert "```yaml title=" in PAGES[page]
         assert "```python" in PAGES[page] or "layer_swap" in page
+
+
+def test_the_commands_on_deltas_run(farm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = PAGES["docs/guides/deltas.md"]
+    monkeypatch.chdir(workplace(farm, text, tmp_path))
+    block = re.search(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    for line in block[1].splitlines():
+        program, *arguments = line.split()
+        assert program == "regraft"
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.stderr
+    assert Path("out/model.safetensors").read_bytes() == Path("org/maths/model.safetensors").read_bytes()

@@ -1,0 +1,151 @@
+"""delta.json: of which base a delta is, what is stored for each tensor, and what was measured when it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from regraft.checkpoint import Checkpoint, read_json
+from regraft.checkpoint.licences import short_name
+from regraft.checkpoint.paths import inside
+from regraft.checkpoint.safetensors_file import MAX_NAME
+from regraft.checkpoint.tensor import DTYPE_NAMES, DTYPES
+from regraft.errors import UserError
+from regraft.version import __version__
+
+FILE_NAME = "delta.json"
+FILES = "files"  # the folder of what stands beside the weights of the fine-tune, where it is not the base's
+FORMAT = 1
+Kind = Literal["dense", "sparse", "bits"]
+KINDS: tuple[Kind, ...] = ("dense", "sparse", "bits")
+# "base": the base's tensor unchanged, nothing is stored; "whole": the fine-tune's tensor, whatever the scale.
+Encoding = Literal["base", "whole", "dense", "sparse", "bits"]
+
+
+def _known(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name[:20]!r}")
+    return name
+
+
+def _allowed(name: str) -> str:
+    if name == "__metadata__":
+        raise ValueError("a tensor has a reserved name")
+    return name
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="ignore", populate_by_name=True, ser_json_inf_nan="strings")
+
+
+class Parent(_Record):
+    """A model that the delta was made from: never a path. `digest` is that of its whole content."""
+
+    name: str
+    repo_id: str = ""
+    revision: str = ""
+    digest: str
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Parent:
+        """The record of an opened model; reads all of it."""
+        name = "+".join([short_name(checkpoint), *(Path(adapter).name for adapter in checkpoint.adapters)])
+        digest = checkpoint.full_digest()
+        return cls(name=name, repo_id=checkpoint.repo_id, revision=checkpoint.revision, digest=digest)
+
+
+class TensorRecord(_Record):
+    """One tensor of the fine-tune.
+
+    `relative_error` is |restored - model| / |model - base|, `exact` the share of entries that come back bit for bit.
+    """
+
+    shape: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(max_length=64)
+    dtype: Annotated[str, AfterValidator(_known)]
+    encoding: Encoding
+    relative_error: float = 0.0
+    exact: float = 1.0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+class Delta(_Record):
+    """Everything that delta.json holds.
+
+    Attributes:
+        removed: tensors of the base that the fine-tune does not have.
+        base_files: the files beside the weights that are taken from the base; all others are in the delta.
+        relative_error, exact: over all tensors that are differences.
+    """
+
+    format: Literal[1] = 1
+    kind: Kind
+    density: float | None = None
+    base: Parent
+    model: Parent
+    tensors: dict[Annotated[str, Field(max_length=MAX_NAME), AfterValidator(_allowed)], TensorRecord] = Field(
+        min_length=1
+    )
+    removed: list[str] = []
+    base_files: list[str] = []
+    relative_error: float = 0.0
+    exact: float = 1.0
+    licence: str | None = None
+    regraft: str = __version__
+
+    def write(self, folder: Path) -> None:
+        """Write delta.json into a folder."""
+        text = json.dumps(json.loads(self.model_dump_json()), indent=2, ensure_ascii=False)
+        (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Delta:
+        """The record of a delta.
+
+        Raises:
+            UserError: RG104 for a link out of the folder; RG105 if there is none, or it is malformed or of another
+                version.
+        """
+        path = inside(folder, FILE_NAME, where=folder)
+        data = read_json(path)
+        if data.get("format") != FORMAT:
+            what = (
+                f"the delta has the format {str(data.get('format'))[:20]!r}, and this version of regraft reads {FORMAT}"
+            )
+            raise UserError("RG105", what, where=str(path), fix="name a folder that regraft delta extract made")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            what = f"{field} is malformed: {first['msg'][0].lower()}{first['msg'][1:]}"
+            raise UserError(
+                "RG105", what, where=str(path), fix="the file was edited; extract the delta again"
+            ) from None
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able, without the tensors: their number by encoding instead."""
+        encodings = [one.encoding for one in self.tensors.values()]
+        counts = {name: encodings.count(name) for name in dict.fromkeys(encodings)}
+        return self.model_dump(mode="json", exclude={"tensors"}) | {"encodings": counts}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As safetensors headers write it."""
+    return DTYPE_NAMES[dtype]
+
+
+def main_dtype(tensors: Mapping[str, tuple[torch.dtype, int]]) -> torch.dtype:
+    """The dtype of most of the weights, from dtype and number of elements of each tensor."""
+    sizes: dict[torch.dtype, int] = {}
+    for dtype, count in tensors.values():
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + count
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
