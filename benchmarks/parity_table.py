@@ -32,11 +32,16 @@ def markdown(results: Mapping[str, Any]) -> str:
     if refused:
         counts += f", {len(refused)} stop one of the tools"
     lines += ["", f"{len(cells)} recipes, {entries:,} entries: {counts} (mergekit {version}, {results['date']}).", ""]
-    for cell in [*apart, *refused]:
-        reason = (
-            cell["refused"] or f"{cell['apart']} of {cell['entries']:,} entries differ, by up to {cell['worst']:.3g}"
-        )
-        lines += [f"- `{cell['rule']}`, {cell['family']}, {cell['dtype']}, {cell['variant']}: {reason}"]
+    for rule in rules:
+        for dtype in ("float32", "bfloat16"):
+            these = [c for c in apart if c["rule"] == rule and c["dtype"] == dtype]
+            if these:
+                share = sum(c["apart"] for c in these) / sum(c["entries"] for c in these)
+                lines.append(f"- `{rule}`, {dtype}: {share:.1g} of the entries, in {len(these)} recipes")
+    for reason in dict.fromkeys(c["refused"] for c in refused):
+        these = [c for c in refused if c["refused"] == reason]
+        which = ", ".join(dict.fromkeys(f"{c['family']} ({c['variant']})" for c in these))
+        lines.append(f"- {len(these)} recipes of {which}: {reason.rstrip(':')}")
     return "\n".join(lines)
 
 
@@ -45,10 +50,6 @@ def _cell(cells: Sequence[Mapping[str, Any]]) -> str:
     found = []
     for dtype in ("float32", "bfloat16"):
         these = [c for c in cells if c["dtype"] == dtype]
-        if not these:
-            found.append("–")
-        elif any(c["refused"] for c in these):
-            found.append("refused")
-        else:
-            found.append(f"{max(c['worst'] for c in these):.2g}")
+        compared = [c["worst"] for c in these if not c["refused"]]
+        found.append(f"{max(compared):.2g}" if compared else "refused" if these else "–")
     return " / ".join(found)
