@@ -64,11 +64,27 @@ def blended(weights: Sequence[float], has_base: bool) -> Callable[[Chunk[Any]], 
     Entries that are equal in all models keep their bits if the weights add up to one.
     """
     if has_base:
-        return lambda c: changed(c.base, weighted_sum(c.deltas, weights))
+        return _added_to_base(weights)
     if abs(sum(weights) - 1) < _ROUNDING:
         anchor = next(i for i, w in enumerate(weights) if w)
         return lambda c: mixture(c, weights, anchor)
     return lambda c: weighted_sum(c.models, weights)
+
+
+def _added_to_base(weights: Sequence[float]) -> Callable[[Chunk[Any]], Tensor]:
+    every = Sparse(len(weights))
+
+    def combine(c: Chunk[Any]) -> Tensor:
+        arguments = every.compiled(c)
+        if arguments is None:
+            return changed(c.base, weighted_sum(c.deltas, weights))
+        from regraft.merge.native_sparse import merge
+
+        zeros, out = np.zeros(c.n, np.int64), np.empty(c.length, np.float32)
+        merge(*arguments, numbers(weights, c.dtype), False, False, np.float32(1), zeros, out)
+        return torch.from_numpy(out)
+
+    return combine
 
 
 def of_runs(values: Tensor, c: Chunk[Any], width: int) -> Tensor:

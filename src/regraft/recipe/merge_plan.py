@@ -32,7 +32,7 @@ from regraft.recipe.special_tokens import config_changes, generation_changes
 from regraft.recipe.vocabulary import Vocabulary, plan_vocabulary
 
 # Counts up when the same plan would give other weights, so that cached artefacts are not taken for current ones.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from regraft.merge.consensus import added, changed, of_runs
+from regraft.merge.consensus import added, blended, changed, of_runs
 from regraft.merge.rule import Chunk, Steps, Unit, rule
 from regraft.merge.statistics import Gram, RowSums, task_vectors
 from regraft.methods import Options, Paper
@@ -62,6 +62,8 @@ def model_stock(unit: Unit[ModelStockOptions]) -> Steps:
             "the models point away from one another in some tensors; model_stock moves against them there (t < 0)"
         )
     unit.note(t=float(t.mean()), cosine=float(cosine.mean()))
+    if len(t) == 1:
+        return blended([float(t) / n] * n, has_base=True)
 
     def combine(c: Chunk[ModelStockOptions]) -> Tensor:
         return changed(c.base, added(c.deltas) / n * of_runs(t, c, width))
