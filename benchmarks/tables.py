@@ -151,7 +151,8 @@ def title(results: Mapping[str, Any]) -> str:
 
 def pages(folder: Path) -> str:
     """The Markdown of all results in a folder, comparisons first; a sentence if there are none."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    stored = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    found = [results for results in stored if "mode" in results]  # the others are of other benchmarks
     if not found:
         return "No results have been recorded yet; the commands below make them."
     return "\n".join(markdown(results) for results in sorted(found, key=lambda r: list(MODES).index(r["mode"])))
