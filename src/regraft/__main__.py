@@ -1,5 +1,5 @@
 """`python -m regraft`."""
 
-from regraft.cli.main import main
+from regraft.cli.main import process
 
-main()
+process()

@@ -31,6 +31,33 @@ def test_help_imports_nothing_heavy() -> None:
     assert len(done.stderr.splitlines()) == 5
 
 
+@pytest.mark.parametrize(("arguments", "status"), [(["methods"], 0), (["mrege"], 2)])
+def test_the_process_ends_with_the_status_after_the_last_thread(arguments: list[str], status: int) -> None:
+    code = (
+        "import sys, threading, time\n"
+        "from regraft.cli.main import process\n"
+        "import torch\n"
+        "threading.Thread(target=lambda: (time.sleep(0.5), print('the thread'))).start()\n"
+        f"sys.argv = ['regraft', *{arguments!r}]\n"
+        "process()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == status
+    assert done.stdout.splitlines()[-1] == "the thread"
+    assert ("linear" in done.stdout) == (status == 0)
+
+
+def test_who_calls_main_decides_on_the_status_of_the_process() -> None:
+    code = (
+        "import sys\n"
+        "from regraft.cli.main import main\n"
+        "sys.argv = ['regraft', '--version']\n"
+        "try: main()\n"
+        "except SystemExit: sys.exit(3)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300).returncode == 3
+
+
 def test_help_names_every_command(cli) -> None:
     shown = cli("--help")
     assert shown.exit_code == 0

@@ -2,7 +2,44 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_COLLECT_EVERY = 200_000  # objects; importing torch makes as many, and hardly any of them is garbage
+
+
+def collect_seldom() -> None:
+    """Let the garbage collector wait until there may be garbage.
+
+    With its usual threshold it looks through everything that has been imported time and again while importing goes on.
+    """
+    gc.set_threshold(_COLLECT_EVERY, *gc.get_threshold()[1:])
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[Callable[[int], None]]:
+    """End the process when it is done, without taking the interpreter's modules to pieces: half a second with torch.
+
+    Yields a function that takes the exit status. Everything that was registered to happen at the end still happens:
+    threads are waited for, exit handlers run, streams are flushed. Without a call the process ends as usual.
+    """
+    statuses: list[int] = []
+
+    def leave() -> None:
+        if statuses:
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                return  # the usual end knows what to say of it
+            os._exit(statuses[-1])
+
+    atexit.register(leave)  # handlers run last in, first out: this one, registered before all imports, ends the row
+    yield statuses.append
 
 
 def without_blas() -> None:

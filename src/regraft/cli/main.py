@@ -16,6 +16,7 @@ import typer
 from regraft.cli.delta import delta
 from regraft.cli.extract_lora import extract_lora
 from regraft.cli.inspect import inspect
+from regraft.cli.lean import collect_seldom, leaving_at_once
 from regraft.cli.merge import merge
 from regraft.cli.methods import methods
 from regraft.cli.plan import plan
@@ -66,12 +67,24 @@ def _regraft(
 
 
 def main() -> None:
-    """The entry point of the command `regraft`."""
+    """The command `regraft`, for callers that go on after it: ends with SystemExit."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
+    collect_seldom()
     try:
         app(prog_name="regraft")
     finally:
         # Threads of a run that was stopped may still have to end; no traceback then if somebody is impatient.
         die_at_once()
+
+
+def process() -> None:
+    """`main` for a process that has nothing else to do afterwards: it ends at once."""
+    with leaving_at_once() as leave_with:
+        try:
+            main()
+        except SystemExit as end:
+            if end.code is None or isinstance(end.code, int):
+                leave_with(end.code or 0)
+            raise
