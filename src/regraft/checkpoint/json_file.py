@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint.paths import head, regular_size
 from regraft.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # Real configs have kilobytes, indices and tokenizers up to 40 megabytes.
 LIMIT = 64 * 10**6
@@ -80,6 +83,13 @@ def parse_json(text: bytes, **hooks: Any) -> Any:
         if not level:
             return value
     raise RecursionError
+
+
+def malformed_field(error: ValidationError) -> str:
+    """The first field that does not fit the model it was read for, and why, as words for a user."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return f"{field} is malformed: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def _integer(text: str) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from regraft.checkpoint.json_file import read_json
+from regraft.checkpoint.json_file import malformed_field, read_json
 from regraft.errors import UserError
 from regraft.version import __version__
 
@@ -192,10 +192,8 @@ class Lineage(_Record):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            what = f"{field} is malformed: {first['msg'][0].lower()}{first['msg'][1:]}"
-            raise UserError("RG105", what, where=str(path), fix="the file was edited; make the model again") from None
+            fix = "the file was edited; make the model again"
+            raise UserError("RG105", malformed_field(error), where=str(path), fix=fix) from None
 
 
 def peak_memory() -> int:

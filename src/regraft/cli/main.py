@@ -16,7 +16,7 @@ import typer
 from regraft.cli.delta import delta
 from regraft.cli.extract_lora import extract_lora
 from regraft.cli.inspect import inspect
-from regraft.cli.lean import collect_seldom, leaving_at_once
+from regraft.cli.lean import collect_seldom, leave_at_once
 from regraft.cli.merge import merge
 from regraft.cli.methods import methods
 from regraft.cli.plan import plan
@@ -71,7 +71,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
-    collect_seldom()
     try:
         app(prog_name="regraft")
     finally:
@@ -81,10 +80,11 @@ def main() -> None:
 
 def process() -> None:
     """`main` for a process that has nothing else to do afterwards: it ends at once."""
-    with leaving_at_once() as leave_with:
-        try:
-            main()
-        except SystemExit as end:
-            if end.code is None or isinstance(end.code, int):
-                leave_with(end.code or 0)
-            raise
+    collect_seldom()
+    leave_with = leave_at_once()
+    try:
+        main()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            leave_with(end.code or 0)
+        raise

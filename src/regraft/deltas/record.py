@@ -11,6 +11,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from regraft.checkpoint import Checkpoint, read_json
+from regraft.checkpoint.json_file import malformed_field
 from regraft.checkpoint.licences import short_name
 from regraft.checkpoint.paths import inside
 from regraft.checkpoint.safetensors_file import MAX_NAME
@@ -123,12 +124,8 @@ class Delta(_Record):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            what = f"{field} is malformed: {first['msg'][0].lower()}{first['msg'][1:]}"
-            raise UserError(
-                "RG105", what, where=str(path), fix="the file was edited; extract the delta again"
-            ) from None
+            fix = "the file was edited; extract the delta again"
+            raise UserError("RG105", malformed_field(error), where=str(path), fix=fix) from None
 
     def summary(self) -> dict[str, Any]:
         """JSON-able, without the tensors: their number by encoding instead."""
