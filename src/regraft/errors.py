@@ -24,6 +24,7 @@ CODES: dict[str, tuple[str, str]] = {
     "RG110": ("remote code", "The model needs code from its own folder, which is never run."),
     "RG111": ("damaged pickle", "A pickled weight file is truncated, compressed, or was not written by torch.save."),
     "RG112": ("damaged delta", "The weights of a delta are not those that its delta.json describes."),
+    "RG113": ("a delta alone", "A delta was named where a model is needed: write base+delta, or list it in a merge that names its base."),
     "RG201": ("shapes differ", "The same tensor has different shapes in two models."),
     "RG202": ("tensor missing", "A tensor that one model has is missing in another."),
     "RG203": ("architectures differ", "The models are of different architectures or layer counts."),

@@ -59,7 +59,7 @@ def test_a_kind_that_is_not_there_is_wrong_usage(cli: Any) -> None:
 
 
 def test_the_kinds_are_those_of_the_library() -> None:
+    from regraft.checkpoint.delta_record import KINDS
     from regraft.cli.delta import Kind
-    from regraft.deltas.record import KINDS
 
     assert tuple(kind.value for kind in Kind) == KINDS

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from farm_tools import write_tokenizer
 from models import save_fine_tune, save_model
-from regraft.checkpoint import MemoryTensor, open_checkpoint
+from regraft.checkpoint import MemoryTensor, delta_tensor, open_checkpoint
+from regraft.checkpoint.delta_record import Delta
 from regraft.deltas import encoding
 from regraft.deltas.apply import apply, open_delta
 from regraft.deltas.extract import extract
-from regraft.deltas.record import Delta
 
 MODELS = [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("bert", {})]
 
@@ -127,9 +127,9 @@ def test_a_scale_multiplies_the_changes(scale: float, llama: Path, there_and_bac
 )
 def test_dense_is_exact_for_any_finite_values(values: list[tuple[float, float]], dtype: torch.dtype) -> None:
     base, model = (torch.tensor([pair[i] for pair in values], dtype=dtype) for i in (0, 1))
-    wide = encoding.arithmetic(dtype)
+    wide = delta_tensor.arithmetic(dtype)
     delta = model.to(wide) - base.to(wide)
-    plain = encoding.added(base.to(wide), encoding.rounded(delta, dtype).to(wide), 1.0, dtype)
+    plain = delta_tensor.added(base.to(wide), encoding.rounded(delta, dtype).to(wide), 1.0, dtype)
     odd = int((~encoding.same_bits(plain, model)).sum())
     stored: dict[str, torch.Tensor] = {}
     writer = encoding.Dense("x", MemoryTensor("x", model), odd)
@@ -144,9 +144,10 @@ def test_dense_is_exact_for_any_finite_values(values: list[tuple[float, float]],
         name: (tuple(part.shape), part.dtype) for name, part in stored.items()
     }
     parts = {name: MemoryTensor(name, part) for name, part in stored.items()}
-    source = MemoryTensor("x", base)
-    for _, back in encoding.restored(parts, "x", tuple(model.shape), dtype, "dense", source, 1.0):
-        assert encoding.same_bits(back, model).all()
+    back = delta_tensor.DeltaTensor(MemoryTensor("x", base), parts, "x", dtype, "dense")
+    assert encoding.same_bits(back.read(), model).all()
+    for start in range(len(values)):
+        assert encoding.same_bits(back.read(start, start + 3), model[start : start + 3]).all()
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "bits"])
@@ -155,7 +156,7 @@ def test_results_do_not_depend_on_slices(
 ) -> None:
     whole = there_and_back(llama / "base", llama / "tuned", kind)
     one = (tmp_path / "delta" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(encoding, "SLICE", 1000)
+    monkeypatch.setattr(delta_tensor, "SLICE", 1000)
     origin = open_checkpoint(str(llama / "base"))
     extract(open_checkpoint(str(llama / "tuned")), origin, tmp_path / "cut", kind)  # type: ignore[arg-type]
     apply(open_delta(tmp_path / "cut"), origin, tmp_path / "from-cut")

@@ -15,19 +15,24 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from regraft.adapters.factors import Factors, Truncation, decompose, residual, rounding_noise, square
 from regraft.adapters.folder import Adapter, named_modules
 from regraft.adapters.skeleton import EMBEDDING, Parameter, Skeleton
 from regraft.checkpoint import Checkpoint, TensorSource, numel
+from regraft.checkpoint.adapter_model import configs
+from regraft.checkpoint.distance import check_base
+from regraft.checkpoint.job_folder import JobFolder
+from regraft.checkpoint.sidecars import same_tokenizer
 from regraft.errors import UserError, nearest
 from regraft.inspect.config_keys import config_differences
-from regraft.inspect.distance import check_base
 from regraft.inspect.obstacles import LABEL_KEYS
 
 LOW_RANK, SAVED, LEFT_OUT = "low rank", "saved", "left out"
 ALL, BIASES = "all", "bias"
+FACTORS = "factors"  # a folder in the staging folder, for factors of an extraction that goes on
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _PIECE = 1 << 22  # elements
 
@@ -125,6 +130,7 @@ class Extraction:
         if strange:
             what = f"{strange[0]} has no place of its own in a {self.skeleton.class_name} as transformers loads it"
             raise UserError("RG309", what, where=model.ref, fix="save the model with a current transformers first")
+        self._resized: set[str] = set()
         self._patterns = [_compiled(wanted.include, self.skeleton), _compiled(wanted.exclude, self.skeleton)]
         self._check_shapes()
         if not force:
@@ -147,8 +153,21 @@ class Extraction:
         """How many of the model's elements `run` reads."""
         return sum(math.prod(p.shape) for p in (*self._factored, *self._left))
 
-    def run(self, on_progress: Callable[[int, int], None] | None = None) -> tuple[Adapter, list[Change]]:
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts of the work, for the folder that notes them."""
+        saved = [name for module in self._modules for name in self.skeleton.below(module)]
+        measured = [*(p.name for p in (*self._left, *self._biases)), *saved]
+        return [f"factors {p.name}" for p in self._factored] + [f"norm {name}" for name in measured]
+
+    def run(
+        self, on_progress: Callable[[int, int], None] | None = None, job: JobFolder | None = None
+    ) -> tuple[Adapter, list[Change]]:
         """Decompose; what is saved whole is read when the adapter is written.
+
+        Args:
+            on_progress: called with (elements done, elements in all).
+            job: where parts are noted, and taken from if they are there; files are left in its folder `FACTORS`.
 
         Raises:
             UserError: RG206 for values that are not finite, RG309 if nothing changed.
@@ -156,20 +175,36 @@ class Extraction:
         adapter = Adapter(self.skeleton, self.dtype)
         changes: list[Change] = []
         done = 0
-        jobs = [(parameter, True) for parameter in self._factored] + [(parameter, False) for parameter in self._left]
-        for parameter, factored in jobs:
-            found = self._factor(adapter, parameter) if factored else self._leave_out(parameter)
-            changes += [found] if found is not None else []
+
+        def advance(parameter: Parameter) -> None:
+            nonlocal done
             done += math.prod(parameter.shape)
             if on_progress is not None:
                 on_progress(done, self.elements)
+
+        for parameter in self._factored:
+            found = self._factors(parameter) if job is None else self._noted(parameter, job)
+            if found is not None:
+                adapter.add(parameter, found[0])
+                changes.append(found[1])
+            advance(parameter)
+
+        def norm(name: str) -> float:
+            if job is None:
+                return self._norm(name)
+            return float(job.once(f"norm {name}", lambda: {"norm": self._norm(name)})["norm"])
+
+        for parameter in self._left:
+            if size := norm(parameter.name):
+                changes.append(Change(parameter.name, LEFT_OUT, None, size, 1.0))
+            advance(parameter)
         for module in self._modules:
             below = {name: self._source(name) for name in self.skeleton.below(module)}
             adapter.save(module, {name: source for name, source in below.items() if source is not None})
-            changes += [Change(name, SAVED, None, self._norm(name), 0.0) for name in below if name in self._after]
+            changes += [Change(name, SAVED, None, norm(name), 0.0) for name in below if name in self._after]
         for bias in self._biases:
             adapter.replace_bias(bias, self._after[bias.name])
-            changes.append(Change(bias.name, SAVED, None, self._norm(bias.name), 0.0))
+            changes.append(Change(bias.name, SAVED, None, norm(bias.name), 0.0))
         if adapter.empty:
             what = "the two models do not differ in what the adapter may hold"
             raise UserError("RG309", what, where=self.model.ref, fix="name a fine-tune, or include more of it")
@@ -184,6 +219,9 @@ class Extraction:
                 what = f"{name} has shape {list(after.shape)}, and config.json makes it {list(parameter.shape)}"
                 raise UserError("RG105", what, where=self.model.ref, fix="repair config.json")
             if before is not None and after is not None and before.shape != after.shape:
+                if self._is_resized(before, after):
+                    self._resized.add(name)
+                    continue
                 what = f"{name} has shape {list(after.shape)} in the model and {list(before.shape)} in the base"
                 fix = "name the base that it was fine-tuned from; an adapter cannot resize a tensor"
                 raise UserError("RG201", what, where=self.model.ref, fix=fix)
@@ -202,6 +240,7 @@ class Extraction:
             elif (
                 parameter.factorable
                 and name in self._before
+                and name not in self._resized
                 and (parameter.kind != EMBEDDING or self.wanted.embeddings)
             ):
                 self._factored.append(parameter)
@@ -220,14 +259,44 @@ class Extraction:
 
     def _stuck(self, names: Sequence[str]) -> UserError:
         first = self.skeleton.parameters[names[0]]
+        resized = first.name in self._resized
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         verb = "are new or changed" if len(names) > 1 else "is new or changed"
         what = f"{', '.join(names[:3])}{more} {verb}, and cannot be of low rank in a LoRA adapter"
-        ways = ["--embeddings for low rank"] if first.kind == EMBEDDING and first.name in self._before else []
+        if resized:
+            rows = [self._before[first.name].shape[0], self._after[first.name].shape[0]]
+            what = f"{first.name} has {rows[1]} rows in the model and {rows[0]} in the base; {what}"
+        low = first.kind == EMBEDDING and first.name in self._before and not resized
+        ways = ["--embeddings for low rank"] if low else []
         if all(self.skeleton.savable(one.module) for one in self.skeleton.all_of(first)) or first.bias:
             ways.append("--save-modules all to save what cannot be factors whole")
         ways.append("--exclude to leave it as it is in the base")
         return UserError("RG309", what, where=self.model.ref, fix=f"give {', or '.join(ways)}")
+
+    def _is_resized(self, before: TensorSource, after: TensorSource) -> bool:
+        """Whether two tensors differ by words that were added to, or taken from, a vocabulary."""
+        sizes = [{part.get("vocab_size") for part in configs(one.config)} for one in (self.base, self.model)]
+        rows = before.shape[:1], after.shape[:1]
+        return before.shape[1:] == after.shape[1:] and all({*row} & size for row, size in zip(rows, sizes, strict=True))
+
+    @property
+    def tokens(self) -> int | None:
+        """Rows of the embedding that the base is to have before the adapter is loaded; None if it has them."""
+        saved = [name for name in self._resized if any(map(self._within, self._names_of(name)))]
+        return max((self._after[name].shape[0] for name in saved), default=None)
+
+    @property
+    def tokenizer(self) -> Checkpoint | None:
+        """The fine-tune, if its tokenizer belongs to the adapter; None if it is the base's, or has words left out."""
+        if same_tokenizer(self.model, self.base):
+            return None
+        if self._resized and self.tokens is None:
+            self.remarks.append("the rows of the fine-tune's new tokens are left out, and so is its tokenizer")
+            return None
+        return self.model
+
+    def _names_of(self, name: str) -> list[str]:
+        return [one.name for one in self.skeleton.all_of(self.skeleton.parameters[name])]
 
     def _replaced(self, parameter: Parameter) -> bool:
         """Whether the module of a parameter is to be saved whole, although nobody asked for it by name."""
@@ -245,6 +314,8 @@ class Extraction:
         before, after = self._before.get(name), self._after[name]
         if before is None or before is after:
             return before is None
+        if name in self._resized:
+            return True
         pieces = range(0, numel(after), _PIECE)
         return not all(torch.equal(*(s.read(at, at + _PIECE).double() for s in (before, after))) for at in pieces)
 
@@ -272,23 +343,44 @@ class Extraction:
         before, after = self._before.get(name), self._after[name]
         for at in range(0, numel(after), _PIECE):
             piece = after.read(at, at + _PIECE).double()
-            if before is not None:
-                piece = piece - before.read(at, at + _PIECE).double()
+            if before is not None:  # rows that it does not have count as they are
+                own = before.read(at, at + _PIECE).double()[: piece.numel()]
+                piece[: own.numel()] -= own
             total += float(piece.square().sum())
         return math.sqrt(total)
 
-    def _factor(self, adapter: Adapter, parameter: Parameter) -> Change | None:
+    def _factors(self, parameter: Parameter) -> tuple[Factors, Change] | None:
+        """The factors of a change as they are stored, and what they make of it; None if there is no change."""
         delta, energy = self._delta(parameter.name)
         if not bool(delta.any()):
             return None
         matrix = parameter.matrix(delta)
         noise = rounding_noise(energy, matrix.shape, self._after[parameter.name].dtype)
-        stored = adapter.add(parameter, decompose(matrix, self.wanted.cut, noise))
-        return measured(parameter.name, matrix, stored)
+        stored = decompose(matrix, self.wanted.cut, noise).to(self.dtype)
+        return stored, measured(parameter.name, matrix, stored)
 
-    def _leave_out(self, parameter: Parameter) -> Change | None:
-        norm = self._norm(parameter.name)
-        return Change(parameter.name, LEFT_OUT, None, norm, 1.0) if norm else None
+    def _noted(self, parameter: Parameter, job: JobFolder) -> tuple[Factors, Change] | None:
+        """As `_factors`, by way of a file, where the next run finds them if this one dies."""
+        name = f"factors {parameter.name}"
+        path = job.staging / FACTORS / f"{self._factored.index(parameter)}.safetensors"
+        if job.done.get(name) and not path.is_file():
+            del job.done[name]
+
+        def work() -> dict[str, Any]:
+            found = self._factors(parameter)
+            if found is None:
+                return {}
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_suffix(".part")
+            part.write_bytes(save({"up": found[0].up, "down": found[0].down}))
+            part.replace(path)
+            return asdict(found[1])
+
+        facts = job.once(name, work)
+        if not facts:
+            return None
+        tensors = load_file(path)
+        return Factors(tensors["up"], tensors["down"]), Change(**facts)
 
 
 def measured(name: str, matrix: Tensor, stored: Factors) -> Change:
@@ -300,7 +392,7 @@ def measured(name: str, matrix: Tensor, stored: Factors) -> Change:
 def _check_configurations(model: Checkpoint, base: Checkpoint, force: bool) -> None:
     fix = "name the base that it was fine-tuned from"
     if base.adapters:
-        what = "the base has an adapter, on which another one cannot be loaded"
+        what = "the base has an adapter or a delta, on which another adapter cannot be loaded"
         raise UserError("RG309", what, where=base.ref, fix="name the base without it, or merge it into the base first")
     if model.model_type != base.model_type:
         what = f"the model is of type {model.model_type or '?'} and the base of type {base.model_type or '?'}"

@@ -22,6 +22,7 @@ from regraft.adapters.factors import Factors, Truncation, added, recompress, siz
 from regraft.adapters.folder import Adapter
 from regraft.adapters.skeleton import EMBEDDING, TRANSPOSED, Parameter
 from regraft.checkpoint import Checkpoint, TensorSource
+from regraft.checkpoint.job_folder import JobFolder
 from regraft.checkpoint.lora import LoraTensor, Renamed, products
 from regraft.errors import UserError
 from regraft.merge.engine import run_jobs
@@ -138,9 +139,11 @@ class Combination(Extraction):
             fix = "use linear or task_arithmetic on plain LoRA adapters, or give rank or energy to approximate it"
             raise UserError("RG309", what, where=where, fix=fix)
 
-    def run(self, on_progress: Callable[[int, int], None] | None = None) -> tuple[Adapter, list[Change]]:
+    def run(
+        self, on_progress: Callable[[int, int], None] | None = None, job: JobFolder | None = None
+    ) -> tuple[Adapter, list[Change]]:
         """As `Extraction.run`; what the merge has to tell is in `remarks` after it."""
-        found = super().run(on_progress)
+        found = super().run(on_progress, job)
         self.remarks += self._results.warnings
         return found
 
@@ -170,20 +173,20 @@ class Combination(Extraction):
         source = self._after[parameter.name]
         return isinstance(source, MergedTensor) and source.replaced
 
-    def _factor(self, adapter: Adapter, parameter: Parameter) -> Change | None:
+    def _factors(self, parameter: Parameter) -> tuple[Factors, Change] | None:
         source = self._after[parameter.name]
         if not isinstance(source, MergedTensor):
             return None
         if not source.exact:
-            return super()._factor(adapter, parameter)
+            return super()._factors(parameter)
         whole = source.change(turned=parameter.kind in (TRANSPOSED, EMBEDDING))
         norm = size(whole) if whole is not None else 0.0
         if whole is None or not norm:
             return None
         most = min(whole.up.shape[0], whole.down.shape[1])
         cut = self._cut or (Truncation(rank=most) if whole.rank > most else None)
-        stored = adapter.add(parameter, recompress(whole, cut) if cut else whole)
-        return Change(parameter.name, LOW_RANK, stored.rank, norm, size(whole, minus=stored) / norm)
+        stored = (recompress(whole, cut) if cut else whole).to(self.dtype)
+        return stored, Change(parameter.name, LOW_RANK, stored.rank, norm, size(whole, minus=stored) / norm)
 
 
 def _weights(job: Job) -> Sequence[float] | None:

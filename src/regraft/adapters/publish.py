@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.extract import Change, Extraction, Wanted, total_error
+from regraft.adapters.extract import FACTORS, Change, Extraction, Wanted, total_error
 from regraft.adapters.folder import Adapter
 from regraft.checkpoint import Checkpoint
 from regraft.checkpoint.card import AdapterFacts, write_card
+from regraft.checkpoint.delta import check_bases
+from regraft.checkpoint.job_folder import JobFolder
 from regraft.checkpoint.licences import combine
 from regraft.checkpoint.lineage import InputRecord, Lineage, Output
-from regraft.checkpoint.output import OutputFolder
-from regraft.checkpoint.sidecars import copy_licences
+from regraft.checkpoint.output import remove
+from regraft.checkpoint.sidecars import copy_licences, copy_tokenizer
+from regraft.checkpoint.surroundings import surroundings
 from regraft.checkpoint.writer import size_on_disk
 from regraft.errors import UserError
 from regraft.methods import Method
@@ -78,6 +81,8 @@ def extract_lora(
 
     Raises:
         UserError: before work starts what `Extraction` and `OutputFolder` raise, and RG404; RG206 during it.
+
+    The same call goes on with what an unfinished one has decomposed.
     """
     wanted = wanted or Wanted()
     extraction = Extraction(model, base, wanted, force=force)
@@ -89,11 +94,19 @@ def extract_lora(
         inputs=[InputRecord.sampled(one, role, role) for one, role in ((base, "base"), (model, "model"))],
         settings=_settings(wanted),
     )
-    with OutputFolder(out, force=force) as folder:
-        adapter, changes = extraction.run(on_progress)
-        lineage.warnings = extraction.remarks
+    remarks = check_bases(parents, force=force)
+    depends_on = {"settings": lineage.settings, "digests": [one.digest() for one in parents], **surroundings(parents)}
+    with JobFolder(out, extraction.parts, depends_on, force=force) as folder:
+        adapter, changes = extraction.run(on_progress, folder)
         sentence = f"What distinguishes a fine-tune from its base, as a LoRA adapter of rank {_ranks(adapter)}."
-        write(folder.staging, adapter, base, parents, lineage, changes, sentence, name=folder.out.name)
+        tokenizer = extraction.tokenizer
+        lineage.sources = {"tokenizer": "model" if tokenizer is not None else "base"}
+        if extraction.tokens is not None:
+            remarks.append(f"the base is to have {extraction.tokens} rows of embeddings before the adapter is loaded")
+        lineage.warnings = [*extraction.remarks, *remarks]
+        facts = AdapterFacts(base, adapter.skeleton.class_name, sentence, extraction.tokens, tokenizer is not None)
+        remove(folder.staging / FACTORS)
+        write(folder.staging, adapter, parents, lineage, changes, facts, name=folder.out.name, tokenizer=tokenizer)
         folder.publish()
     return Made(folder.out, changes, lineage)
 
@@ -108,13 +121,13 @@ def check_licences(parents: Sequence[Checkpoint], accepted: bool) -> None:
 def write(
     staging: Path,
     adapter: Adapter,
-    base: Checkpoint,
     parents: Sequence[Checkpoint],
     lineage: Lineage,
     changes: Collection[Change],
-    sentence: str,
+    facts: AdapterFacts,
     *,
     name: str,
+    tokenizer: Checkpoint | None = None,
     recipe: str = "",
     registered: Method | None = None,
 ) -> None:
@@ -123,10 +136,13 @@ def write(
     Args:
         parents: the inputs of the lineage, in its order.
         lineage: what is known beside output and figures, which are entered here.
-        sentence: what it is, for the card.
+        facts: what the card says of it.
+        tokenizer: whose tokenizer goes beside the adapter, if it needs one.
         recipe, registered: of a merge.
     """
-    adapter.write(staging, base)
+    adapter.write(staging, facts.base)
+    if tokenizer is not None:
+        copy_tokenizer(staging, tokenizer)
     specs = adapter.specs
     lineage.output = Output(
         tensors=len(specs),
@@ -139,7 +155,6 @@ def write(
     lineage.finish()
     lineage.write(staging)
     copy_licences(staging, parents)
-    facts = AdapterFacts(base, adapter.skeleton.class_name, sentence)
     write_card(
         staging,
         lineage,

@@ -105,6 +105,7 @@ class _Application:
             config=config,
             files=dict(self.base.files) | (tokenizer_files(folder) if vocabulary else {}),
             adapters=(*self.base.adapters, ref),
+            folders=(*self.base.folders, folder),
             remarks=(*self.base.remarks, *remark_on_base(self.base, self.config, ref), *remarks, *more),
             stamps=(*self.base.stamps, *(f"+{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)),
         )

@@ -34,11 +34,15 @@ class AdapterFacts:
         base: the model that it is loaded on.
         class_name: of that model with its adapter.
         summary: a sentence on what it is; the method of the lineage need not be registered then.
+        tokens: rows of embeddings that the base is to have before; None if it has them.
+        tokenizer: whether a tokenizer lies beside it.
     """
 
     base: Checkpoint
     class_name: str
     summary: str
+    tokens: int | None = None
+    tokenizer: bool = False
 
 
 def write_card(
@@ -178,11 +182,17 @@ def _usage(parent: Checkpoint, library: str) -> str:
 
 def _adapter_usage(adapter: AdapterFacts) -> str:
     base, name = adapter.base, _auto_class(adapter.class_name, adapter.base.model_type)
-    return (
-        f"from peft import PeftModel\nfrom transformers import {name}\n\n"
-        f'model = {name}.from_pretrained("{base.repo_id or "path/to/" + short_name(base)}", dtype="auto")\n'
-        'model = PeftModel.from_pretrained(model, "path/to/this/folder")'
-    )
+    names = f"{name}, AutoTokenizer" if adapter.tokenizer else name
+    lines = [
+        f"from peft import PeftModel\nfrom transformers import {names}\n",
+        f'model = {name}.from_pretrained("{base.repo_id or "path/to/" + short_name(base)}", dtype="auto")',
+    ]
+    if adapter.tokens is not None:
+        lines.append(f"model.resize_token_embeddings({adapter.tokens})")
+    lines.append('model = PeftModel.from_pretrained(model, "path/to/this/folder")')
+    if adapter.tokenizer:
+        lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")')
+    return "\n".join(lines)
 
 
 # Of transformers 5, to which importing it for one name would add a second to every merge.

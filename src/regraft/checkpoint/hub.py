@@ -108,7 +108,7 @@ class _Repo:
             lacking = sorted(str(name) for name in wanted if name not in names)
             if lacking:
                 raise self._missing(f"the local cache has {self.repo_id}, but not its {listed(lacking)}")
-        elif not {"config.json", "adapter_config.json"} & names:
+        elif not {"config.json", "adapter_config.json", "delta.json"} & names:
             raise self._missing(f"the local cache has {self.repo_id}, but not its config.json")
         return snapshot, commit
 

@@ -16,11 +16,11 @@ from typing import Any
 from regraft.checkpoint.licences import LICENCE_FILES
 from regraft.checkpoint.paths import WEIGHT_SUFFIXES
 from regraft.checkpoint.sidecars import MODEL_FILES, TOKENIZER_FILES
-from regraft.checkpoint.weights import ADAPTER_CONFIG, CANDIDATES, is_weight_file, listed
+from regraft.checkpoint.weights import ADAPTER_CONFIG, CANDIDATES, DELTA_RECORD, is_weight_file, listed
 from regraft.errors import UserError
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_OTHERS = ("config.json", "generation_config.json", "regraft.json", ADAPTER_CONFIG, "*.py")
+_OTHERS = ("config.json", "generation_config.json", "regraft.json", ADAPTER_CONFIG, DELTA_RECORD, "*.py")
 _BELOW = re.compile(r"(additional_chat_templates/[^/]+\.jinja|\d+_\w+/[^/]+\.(json|txt|safetensors))")
 
 
@@ -34,7 +34,7 @@ class Choice:
 
 
 def choose(names: Collection[str], where: str, named: str = "") -> Choice:
-    """The files of a model or adapter that are needed.
+    """The files of a model, an adapter or a delta that are needed.
 
     Args:
         names: paths in the repository.
@@ -44,7 +44,8 @@ def choose(names: Collection[str], where: str, named: str = "") -> Choice:
     Raises:
         UserError: RG102 if there are no weights that can be read.
     """
-    small = sorted(name for name in names if _is_small(name))
+    beside = "files/" if DELTA_RECORD in names else ""  # where a delta keeps what is not its base's
+    small = sorted(name for name in names if _is_small(name.removeprefix(beside)))
     candidates = (named, *CANDIDATES) if is_weight_file(named) else CANDIDATES
     weights = [name for name in candidates if name in names][:1]
     if ADAPTER_CONFIG in names:

@@ -65,6 +65,7 @@ class InputRecord(_Record):
     """One input: `name` in the recipe, `ref` as the user wrote it, `role` "base" or "model".
 
     `digest` tells whether the same bytes are there today; `digest_kind` is "content" (every byte) or "sampled".
+    `deltas` are the digests of the records of deltas that it includes, which tell base and fine-tune.
     """
 
     name: str
@@ -73,6 +74,7 @@ class InputRecord(_Record):
     repo_id: str = ""
     revision: str = ""
     adapters: list[str] = []
+    deltas: list[str] = []
     digest: str = ""
     digest_kind: str = ""
     licence: str | None = None
@@ -88,6 +90,7 @@ class InputRecord(_Record):
             repo_id=checkpoint.repo_id,
             revision=checkpoint.revision,
             adapters=list(checkpoint.adapters),
+            deltas=[delta.digest for delta in checkpoint.deltas],
             model_type=checkpoint.model_type,
             parameters=checkpoint.parameters,
             **facts,

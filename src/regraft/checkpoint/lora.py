@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from regraft.checkpoint.delta_tensor import DeltaTensor
 from regraft.checkpoint.tensor import TensorSource, numel
 
 _GROUP = 1 << 16  # elements per group of rows, at least one row
@@ -229,7 +230,7 @@ class Renamed:
 def products(source: TensorSource) -> list[LoraTensor] | None:
     """The changes of the form B A that adapters made to a tensor, [] if it is as it is stored in the base.
 
-    None if it was changed in another way, by DoRA for example, or replaced.
+    None if it was changed in another way, by DoRA or a delta for example, or replaced.
     """
     found = []
     while isinstance(source, LoraTensor):
@@ -237,4 +238,4 @@ def products(source: TensorSource) -> list[LoraTensor] | None:
             return None
         found.append(source)
         source = source._base
-    return None if isinstance(source, (_Rowwise, AddedVector, Renamed)) else found
+    return None if isinstance(source, (_Rowwise, AddedVector, DeltaTensor, Renamed)) else found

@@ -32,7 +32,15 @@ from regraft.checkpoint.paths import (
     shown,
 )
 from regraft.checkpoint.tensor import TensorSource, nbytes, numel
-from regraft.checkpoint.weights import Weights, file_weights, folder_weights, is_weight_file, refuse_quantised
+from regraft.checkpoint.weights import (
+    Weights,
+    file_weights,
+    folder_weights,
+    is_delta,
+    is_weight_file,
+    refuse_delta,
+    refuse_quantised,
+)
 from regraft.errors import UserError
 
 __all__ = ["Checkpoint", "Ref", "open_checkpoint", "open_local", "parse_ref"]
@@ -43,6 +51,25 @@ _PIECE = 1 << 24
 _TEMPLATES = "additional_chat_templates"
 # What is told about a model may be added to, for example by scores, without its being another model.
 _TOLD = ("README.md", "regraft.json")
+
+
+@dataclass(frozen=True, eq=False)
+class AppliedDelta:
+    """A delta that a checkpoint includes.
+
+    Attributes:
+        ref: as the user wrote it.
+        digest: SHA-256 of its record, which holds the digests of base and fine-tune.
+        base: what it was put on.
+        own: the content digest of the base that it was made from.
+        remark: how far `base` is from that one, as far as looked at; "" if they are the same.
+    """
+
+    ref: str
+    digest: str
+    base: Checkpoint
+    own: str
+    remark: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +84,9 @@ class Checkpoint:
         config: config.json, {} if there is none.
         files: the other files by name relative to `path` (no weights, no config.json).
         repo_id, revision: Hub id and commit hash, where the model comes from the Hub.
-        adapters: references of the adapters that `tensors` include, those from the Hub with their commit hash.
+        adapters: references of the adapters and deltas that `tensors` include; from the Hub with their commit hash.
+        folders: where these are.
+        deltas: those of them that are deltas.
         remarks: sentences on what is unusual about the folder.
         stamps: a text per file (name, size, time of change) that enters `digest`.
     """
@@ -73,6 +102,8 @@ class Checkpoint:
     adapters: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     stamps: tuple[str, ...] = field(default=(), repr=False)
+    folders: tuple[Path, ...] = ()
+    deltas: tuple[AppliedDelta, ...] = field(default=(), repr=False)
 
     @property
     def model_type(self) -> str:
@@ -146,25 +177,36 @@ class Checkpoint:
         return sha.hexdigest()
 
 
-def open_checkpoint(ref: str, *, relative_to: Path | None = None, offline: bool = False) -> Checkpoint:
-    """Open a model: a folder, a file, or a Hub id, with adapters applied.
+def open_checkpoint(
+    ref: str, *, relative_to: Path | None = None, offline: bool = False, force: bool = False
+) -> Checkpoint:
+    """Open a model: a folder, a file, or a Hub id, with adapters and deltas applied.
 
     Args:
-        ref: `path`, `org/name`, `org/name@revision`, each followed by any number of `+adapter`; see `parse_ref`.
+        ref: `path`, `org/name`, `org/name@revision`, each followed by any number of `+adapter` and `+delta`; see
+            `parse_ref`.
         relative_to: folder that relative paths are below (default: the current one).
         offline: use nothing but the local cache of the Hub.
+        force: put deltas on bases that are not theirs, with a remark that says how far they are.
 
     Raises:
-        UserError: RG101 to RG111 for what is on disk, RG501 to RG503 for the Hub; nothing has been written then.
+        UserError: RG101 to RG113 for what is on disk, RG201, RG202 and RG211 for a delta that does not fit, RG501 to
+            RG503 for the Hub; nothing has been written then.
     """
     parsed = parse_ref(ref, relative_to=relative_to)
     path, commit = _fetched(parsed, relative_to, offline)
     checkpoint = dataclasses.replace(open_local(path), ref=ref, repo_id=parsed.model if commit else "", revision=commit)
     for adapter in parsed.adapters:
-        from regraft.checkpoint.adapter import apply
-
         folder, commit = _fetched(adapter, relative_to, offline)
-        checkpoint = apply(checkpoint, folder, str(Ref(adapter.model, commit or adapter.revision)))
+        name = str(Ref(adapter.model, commit or adapter.revision))
+        if is_delta(folder):
+            from regraft.checkpoint.delta import open_delta
+
+            checkpoint = open_delta(folder).on(checkpoint, name, force=force)
+        else:
+            from regraft.checkpoint.adapter import apply
+
+            checkpoint = apply(checkpoint, folder, name)
     return checkpoint
 
 
@@ -186,11 +228,12 @@ def open_local(path: Path) -> Checkpoint:
     it may hold anything.
 
     Raises:
-        UserError: RG102 to RG111.
+        UserError: RG102 to RG113.
     """
     single = not path.is_dir()
     folder = path.parent if single else path
     try:
+        refuse_delta(folder)
         config = _config(folder)
         weights = file_weights(path) if single else folder_weights(path, config.get("transformers_weights") or "")
         files, remarks = _other_files(folder) if config or not single else ({}, [])

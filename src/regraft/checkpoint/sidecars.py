@@ -193,6 +193,38 @@ def copy_licences(staging: Path, parents: Sequence[Checkpoint]) -> list[str]:
     return sorted(files)
 
 
+def copy_tokenizer(staging: Path, parent: Checkpoint) -> list[str]:
+    """Write the tokenizer and chat templates of a model; returns their names.
+
+    Raises:
+        UserError: RG104 for a link out of the model's folder, RG105 for unreadable JSON, RG106 for a stub of git-LFS.
+    """
+    files = dict(_tokenizer_files(parent, own_template=False))
+    for name, source in files.items():
+        target = staging / name
+        target.parent.mkdir(exist_ok=True)
+        if name == "tokenizer_config.json":
+            _copy_tokenizer_config(source, target, own_template=False, tokenizer_json=None)
+        else:
+            shutil.copyfile(source, target)
+    return sorted(files)
+
+
+def same_tokenizer(model: Checkpoint, base: Checkpoint) -> bool:
+    """Whether a model's tokenizer and chat templates are those of its base, or it has none of its own."""
+    own, theirs = (dict(_tokenizer_files(one, own_template=False)) for one in (model, base))
+    if not own:
+        return True
+    return own.keys() == theirs.keys() and all(_same_file(path, theirs[name]) for name, path in own.items())
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    if one.name == "tokenizer_config.json":
+        facts = [{k: v for k, v in read_json(path).items() if k not in _PATH_KEYS} for path in (one, other)]
+        return facts[0] == facts[1]
+    return filecmp.cmp(one, other, shallow=False)
+
+
 def _tokenizer_files(parent: Checkpoint, *, own_template: bool) -> Iterator[tuple[str, Path]]:
     for name, source in _matching(parent, TOKENIZER_FILES).items():
         if not (own_template and name.startswith("chat_template.")):
@@ -210,7 +242,7 @@ def _module_folders(parent: Checkpoint, found: Mapping[str, Path]) -> dict[str, 
     for module in read_json(found["modules.json"], list):
         folder = str(module.get("path", "")).rstrip("/") if isinstance(module, dict) else ""
         if _MODULE_FOLDER.fullmatch(folder):
-            files |= _folder(parent, folder)
+            files |= _folder(found["modules.json"].parent, folder, parent.ref)
     pickled = [name for name in files if name.endswith(_PICKLED)]
     weights = [name for name in files if name.endswith(".safetensors")]
     if weights:
@@ -231,21 +263,23 @@ def _matching(parent: Checkpoint, patterns: Collection[str], *, upper: bool = Fa
     }
 
 
-def _folder(parent: Checkpoint, name: str) -> dict[str, Path]:
-    """Files of a sub-folder, as `name/file`."""
-    folder = parent.path / name
+def _folder(root: Path, name: str, ref: str) -> dict[str, Path]:
+    """Files of a sub-folder of a model's folder, as `name/file`."""
+    folder = root / name
     if not folder.is_dir():
         return {}
     names = [f"{name}/{path.name}" for path in sorted(folder.iterdir()) if path.is_file()]
-    return {name: _file(parent, name) for name in names}
+    return {name: _checked(root, name, ref) for name in names}
 
 
 def _file(parent: Checkpoint, name: str) -> Path:
-    """The path of a file of the model, which is neither a link out of its folder nor a stub of git-LFS."""
-    # An adapter that adds words brings its own tokenizer: `files` then leads to the adapter's folder.
-    listed = parent.files.get(name)
-    folder = parent.path if listed is None or "/" in name else listed.parent
-    path = inside(folder, name, where=parent.ref)
+    """The path of a file that the model lists: an adapter or a delta can bring files from its own folder."""
+    return _checked(parent.files[name].parents[name.count("/")], name, parent.ref)
+
+
+def _checked(folder: Path, name: str, ref: str) -> Path:
+    """The path of a file of a folder, which is neither a link out of it nor a stub of git-LFS."""
+    path = inside(folder, name, where=ref)
     head(path)
     return path
 

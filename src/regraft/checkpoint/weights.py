@@ -29,6 +29,7 @@ CANDIDATES = (
     "pytorch_model.bin.index.json",
 )
 ADAPTER_CONFIG = "adapter_config.json"
+DELTA_RECORD = "delta.json"
 _OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".npz", ".ot", ".tflite")
 # Config keys that say that the stored values are codes, and the names of the tensors that go with codes.
 _QUANTISED_KEYS = ("quantization_config", "quantization", "compression_config")
@@ -98,6 +99,22 @@ def file_weights(path: Path) -> Weights:
         raise UserError("RG109", "GGUF files hold packed weights", where=str(path), fix=fix)
     fix = f"name a folder, or a file that ends in {', '.join(WEIGHT_SUFFIXES)}"
     raise UserError("RG102", f"{path.name} is no weight file", where=str(path), fix=fix)
+
+
+def is_delta(folder: Path) -> bool:
+    """Whether a folder holds a delta rather than a model or an adapter."""
+    return (folder / DELTA_RECORD).is_file() and not (
+        (folder / "config.json").exists() or (folder / ADAPTER_CONFIG).exists()
+    )
+
+
+def refuse_delta(folder: Path) -> None:
+    """Raise RG113 if a folder holds a delta, whose weights are those of no model."""
+    if is_delta(folder):
+        base = read_json(inside(folder, DELTA_RECORD, where=folder)).get("base")
+        named = base.get("repo_id") if isinstance(base, dict) else ""
+        fix = f"write {named if isinstance(named, str) and named else 'BASE'}+{folder}, or name it beside its base"
+        raise UserError("RG113", "this folder is a delta, not a model", where=str(folder), fix=f"{fix} in a merge")
 
 
 def refuse_quantised(config: Mapping[str, Any], names: Iterable[str], where: Path) -> None:

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 
 from regraft.checkpoint.flush import Flusher
+from regraft.checkpoint.interrupted import kept, may_pass
 from regraft.checkpoint.journal import FILE_NAME as JOURNAL
 from regraft.checkpoint.journal import Journal, boot_id
 from regraft.checkpoint.open_files import OpenFiles
-from regraft.checkpoint.output import DISK_FULL, OutputFolder, explained, remove
+from regraft.checkpoint.output import OutputFolder, explained, remove
 from regraft.checkpoint.shards import (
     INDEX_NAME,
     SHARD_BYTES,
@@ -40,7 +41,6 @@ from regraft.checkpoint.shards import (
     layout_digest,
     size_on_disk,
 )
-from regraft.errors import UserError
 
 __all__ = ["ModelWriter", "TensorSpec", "size_on_disk"]
 
@@ -124,12 +124,11 @@ class ModelWriter:
             count = self._journal.count
         # The journal goes before the output gets its name: interrupted after that, there is nothing to go on with.
         of_use = count and not self._damaged and self._folder.active and (self.staging / JOURNAL).exists()
-        if error is None or not of_use or not _may_pass(error):
+        if error is None or not of_use or not may_pass(error):
             self._folder.__exit__(kind, error, trace)
             return
         self._folder.abort(keep=True)
-        kept = f"{count} of {len(self._specs)} tensors are kept in {self.staging}"
-        raise _with_hint(error, f"{kept}, and the same command goes on from there") from error
+        raise kept(error, f"{count} of {len(self._specs)} tensors", self.staging) from error
 
     def _identity(self, depends_on: Mapping[str, Any]) -> dict[str, Any]:
         """What a journal must say to be believed; made from the shards as they lie in the staging folder.
@@ -251,25 +250,6 @@ class ModelWriter:
         """The sentence for a write or a sync that failed, after which nothing on that disk is relied on."""
         self._damaged = True
         return explained(error, self.out)
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether the next run may succeed with the same input: it was stopped, a read failed, or a name was taken.
-
-    Not so if the disk is full: what is kept would keep it full.
-    """
-    if isinstance(error, KeyboardInterrupt):
-        return True
-    if not isinstance(error, UserError):
-        return False
-    cause = error.__cause__
-    return error.code == "RG401" or (isinstance(cause, OSError) and cause.errno not in DISK_FULL)
-
-
-def _with_hint(error: BaseException, hint: str) -> BaseException:
-    if isinstance(error, UserError):
-        return UserError(error.code, error.what, where=error.where, fix="; ".join(filter(None, [error.fix, hint])))
-    return KeyboardInterrupt(hint)
 
 
 def _as_laid_out(path: Path, shard: Shard) -> bool:

@@ -15,7 +15,7 @@ from regraft.cli.words import size_in_words
 
 
 class Kind(str, Enum):
-    """How differences are stored; `regraft.deltas.record.KINDS`, without its imports."""
+    """How differences are stored; `regraft.checkpoint.delta_record.KINDS`, without its imports."""
 
     dense = "dense"
     sparse = "sparse"
@@ -69,7 +69,7 @@ def extract(
     from regraft.deltas.apply import open_delta
     from regraft.deltas.extract import extract as extract_delta
 
-    tuned, origin = (open_checkpoint(ref, offline=offline) for ref in (model, base))
+    tuned, origin = (open_checkpoint(ref, offline=offline, force=force) for ref in (model, base))
     with TerminalProgress(terminal) as progress:
         progress.step("extracting")
         made = extract_delta(tuned, origin, out, kind.value, density=density, force=force, on_progress=progress.advance)
@@ -100,7 +100,7 @@ def apply(
     from regraft.deltas.apply import apply as apply_delta
     from regraft.deltas.apply import open_delta
 
-    opened, origin = open_delta(folder), open_checkpoint(base, offline=offline)
+    opened, origin = open_delta(folder), open_checkpoint(base, offline=offline, force=force)
     with TerminalProgress(terminal) as progress:
         progress.step("applying")
         lineage = apply_delta(opened, origin, out, scale=scale, force=force, on_progress=progress.advance)

@@ -68,8 +68,8 @@ def extract_lora(
     with TerminalProgress(terminal) as progress:
         progress.step("extracting")
         made = extract(
-            open_checkpoint(model, offline=offline),
-            open_checkpoint(base, offline=offline),
+            open_checkpoint(model, offline=offline, force=force),
+            open_checkpoint(base, offline=offline, force=force),
             out,
             wanted,
             force=force,
@@ -77,6 +77,8 @@ def extract_lora(
             on_progress=progress.advance,
         )
     terminal.interrupted = f"{made.out} is finished"
+    for remark in made.lineage.warnings:
+        terminal.note(remark)
     found = made.to_dict()
     if as_json:
         terminal.json(found)

@@ -55,6 +55,8 @@ def listed(items: Iterable[str], most: int = _MOST) -> str | None:
 
 def _kind(facts: Facts) -> str:
     shape = facts.architecture
+    if facts.kind == "delta":
+        return "delta, of which regraft delta show tells more"
     if facts.adapter is not None and facts.kind == "adapter":
         one = facts.adapter
         return f"{one.kind or 'unknown'} adapter, rank {_or(one.rank)}, alpha {_or(one.alpha)}"

@@ -9,7 +9,7 @@ from regraft.cli.terminal import Terminal
 from regraft.cli.words import size_in_words
 
 if TYPE_CHECKING:
-    from regraft.deltas.record import Delta
+    from regraft.checkpoint.delta_record import Delta
 
 _WORST = 5
 

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from regraft.checkpoint import Checkpoint
+from regraft.checkpoint.delta_record import Delta
 from regraft.checkpoint.licences import on_hub, short_name
-from regraft.deltas.record import Delta
 
 _WHAT = {
     "dense": "all differences; added to the base they give the fine-tune back",

@@ -1,48 +1,29 @@
-"""How the difference of one tensor is stored, written and read back slice by slice.
+"""How the difference of one tensor is stored, slice by slice; `checkpoint.delta_tensor` reads it.
 
 `dense` is the difference in the fine-tune's own dtype. Between two numbers of one format that are within a factor of
 two of each other it is exact; where base plus difference does not round to the fine-tune's own bits, the entry is
 marked and its value stored, so that all entries come back whatever the dtype. `sparse` marks the entries that changed
 most and stores their differences. `bits` is BitDelta (arXiv:2402.10193) before its scales are trained: a sign for each
 entry and one scale for the tensor, the mean of the absolute changes, which is nearest to them in least squares.
-
-What is stored of a tensor is called by the part's name, a slash, and the tensor's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regraft.checkpoint import BLOCK, TensorSource, TensorSpec
-from regraft.deltas.packing import pack, packed_size, unpack
-from regraft.deltas.record import Encoding
-from regraft.errors import UserError
+from regraft.checkpoint import TensorSource, TensorSpec
+from regraft.checkpoint.delta_record import Encoding
+from regraft.checkpoint.delta_tensor import added, arithmetic, signed, slices
+from regraft.checkpoint.packing import pack, packed_size
 from regraft.merge.rule import Chunk, TensorInfo
 from regraft.merge.selection import OrderStatistic, task_vectors
 from regraft.methods import Options
 
-SLICE = 64 * BLOCK  # a multiple of 8, so that slices begin at a byte of marks and signs
-Parts = Mapping[str, TensorSource]
 Write = Callable[[str, int, Tensor], None]
-
-
-def slices(numel: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of the pieces in which tensors are read."""
-    return ((start, min(start + SLICE, numel)) for start in range(0, numel, SLICE))
-
-
-def arithmetic(*dtypes: torch.dtype) -> torch.dtype:
-    """What is computed in: float64 if one of the tensors is, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def added(base: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """base + scale x delta, rounded once; `base` and `delta` in the arithmetic dtype."""
-    return (base + scale * delta).to(dtype)
 
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:
@@ -123,7 +104,16 @@ class Bits:
         write(f"signs/{self.name}", start // 8, pack(up))
         if start == 0:
             write(f"scale/{self.name}", 0, self._scale)
-        return added(base, _signed(up, self._scale, base.dtype), 1.0, self._dtype)
+        return added(base, signed(up, self._scale, base.dtype), 1.0, self._dtype)
+
+
+class Whole:
+    """A tensor that is stored as it is."""
+
+    encoding: Encoding = "whole"
+
+    def __init__(self, name: str, model: TensorSource) -> None:
+        self.specs = [TensorSpec(f"whole/{name}", model.shape, model.dtype)]
 
 
 Encoder = Dense | SparseDelta | Bits
@@ -144,63 +134,6 @@ def largest(name: str, base: TensorSource, model: TensorSource, kept: int) -> tu
     return float(found.result[0, 0]), info.numel - int(found.upto[0, 0])
 
 
-def restored(
-    parts: Parts, name: str, shape: tuple[int, ...], dtype: torch.dtype, encoding: str, base: TensorSource, scale: float
-) -> Iterator[tuple[int, Tensor]]:
-    """A tensor of base plus delta, in slices from the first to the last: (first element, values).
-
-    Raises:
-        UserError: RG112 if what is stored is not what the encoding needs.
-    """
-    numel = TensorInfo(name, shape).numel
-    size = packed_size(numel)
-    wide = arithmetic(dtype, base.dtype)
-    delta = _part(parts, "delta", name, shape, dtype) if encoding == "dense" else None
-    marked = encoding == "sparse" or (encoding == "dense" and f"marks/{name}" in parts)
-    marks = _part(parts, "marks", name, (size,), torch.uint8) if marked else None
-    values = _part(parts, "values", name, None, dtype) if marked else None
-    signs = _part(parts, "signs", name, (size,), torch.uint8) if encoding == "bits" else None
-    factor = _part(parts, "scale", name, (1,), torch.float32).read() if encoding == "bits" else None
-    filled = 0
-    for start, stop in slices(numel):
-        own = base.read(start, stop).to(wide)
-        at = slice(start // 8, packed_size(stop))
-        if signs is not None and factor is not None:
-            change = _signed(unpack(signs.read(at.start, at.stop), stop - start), factor, wide)
-        else:
-            change = delta.read(start, stop).to(wide) if delta is not None else torch.zeros_like(own)
-        if marks is not None and values is not None:
-            chosen = unpack(marks.read(at.start, at.stop), stop - start)
-            count = int(chosen.sum())
-            if filled + count > values.shape[0]:
-                raise _damaged(name, "it has fewer values than marks")
-            kept = values.read(filled, filled + count)
-            filled += count
-            change[chosen] = kept.to(wide) if delta is None else kept.to(wide) - own[chosen]
-            result = added(own, change, scale, dtype)
-            if delta is not None and scale == 1:
-                result[chosen] = kept
-        else:
-            result = added(own, change, scale, dtype)
-        yield start, result
-    if values is not None and filled != values.shape[0]:
-        raise _damaged(name, "it has more values than marks")
-
-
-def whole(parts: Parts, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSource:
-    """A tensor that is stored as it is.
-
-    Raises:
-        UserError: RG112 if it is not there.
-    """
-    return _part(parts, "whole", name, shape, dtype)
-
-
-def _signed(up: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    size = scale.to(dtype)
-    return torch.where(up, size, -size)
-
-
 def _marked(name: str, model: TensorSource, count: int) -> list[TensorSpec]:
     numel = TensorInfo(name, model.shape).numel
     return [
@@ -215,19 +148,3 @@ def _write_marked(write: Write, name: str, start: int, chosen: Tensor, values: T
     write(f"marks/{name}", start // 8, pack(chosen))
     write(f"values/{name}", filled, kept)
     return filled + kept.numel()
-
-
-def _part(parts: Parts, part: str, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> TensorSource:
-    """A stored part, of the shape and dtype that it must have; any vector if `shape` is None."""
-    found = parts.get(f"{part}/{name}")
-    if found is None:
-        raise _damaged(name, f"its {part} is missing")
-    fits = len(found.shape) == 1 if shape is None else found.shape == shape
-    if not fits or found.dtype != dtype:
-        raise _damaged(name, f"its {part} has shape {list(found.shape)} and dtype {found.dtype}")
-    return found
-
-
-def _damaged(name: str, what: str) -> UserError:
-    fix = "download or extract the delta again"
-    return UserError("RG112", f"the delta of {name} is damaged: {what}", where="delta.json", fix=fix)

@@ -2,7 +2,7 @@
 
 The first pass tells what is equal, how many entries need a value of their own, and the scales: sizes are known before
 anything is written. Tensors are worked on in some threads, each from its first slice to its last, so that sums and
-results do not depend on how many there are.
+results do not depend on how many there are. Both passes note each tensor that is done, so that a run that died goes on.
 """
 
 from __future__ import annotations
@@ -10,34 +10,30 @@ from __future__ import annotations
 import filecmp
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regraft.checkpoint import Checkpoint, ModelWriter, TensorSource, TensorSpec, numel, read_json
+from regraft.checkpoint import Checkpoint, ModelWriter, TensorSource, numel, read_json
+from regraft.checkpoint.delta import check_bases
+from regraft.checkpoint.delta_record import FILES, Delta, Kind, Parent, TensorRecord, dtype_name, main_dtype
+from regraft.checkpoint.delta_sketch import sketch, sketched
+from regraft.checkpoint.delta_sketch import spec as sketch_spec
+from regraft.checkpoint.delta_tensor import added, arithmetic, slices
+from regraft.checkpoint.job_folder import JobFolder
 from regraft.checkpoint.licences import combine
+from regraft.checkpoint.output import remove
 from regraft.checkpoint.sidecars import changed_config, copy_licences, copy_sidecars
+from regraft.checkpoint.surroundings import surroundings
 from regraft.deltas.card import write_delta_card
-from regraft.deltas.encoding import (
-    Bits,
-    Dense,
-    Encoder,
-    SparseDelta,
-    added,
-    arithmetic,
-    largest,
-    rounded,
-    same_bits,
-    slices,
-)
+from regraft.deltas.encoding import Bits, Dense, Encoder, SparseDelta, Whole, largest, rounded, same_bits
 from regraft.deltas.pairs import Pair, pairs
-from regraft.deltas.record import FILES, Delta, Encoding, Kind, Parent, TensorRecord, dtype_name, main_dtype
-from regraft.deltas.sketch import sketch, sketched, spec
 from regraft.deltas.work import Work, check_output, each
 from regraft.errors import UserError
 
+_WEIGHTS = "weights"  # within the staging folder, until all of them are there
 DENSITY = 0.1
 
 
@@ -52,6 +48,8 @@ def extract(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Delta:
     """Write the difference between a fine-tune and its base into the folder `out`.
+
+    The same call goes on with what an unfinished one has surveyed and stored.
 
     Args:
         kind: "dense" gives the fine-tune back bit for bit; "sparse" and "bits" approximate it.
@@ -68,116 +66,155 @@ def extract(
     density = DENSITY if density is None else density
     if not 0 < density <= 1:
         raise UserError("RG303", f"the density is {density} and must be above 0 and at most 1", fix="try 0.1")
-    check_output(out, [model.path, base.path], force=force)
+    check_output(out, [model, base], force=force)
     matched, removed = pairs(base, model, force=force)
-    work = _Extraction(matched, kind, density, on_progress)
-    plans = each(work.plan, matched)
-    if all(plan.encoding == "base" for plan in plans):
-        what = "the model and the base have the same weights"
-        raise UserError("RG212", what, where=model.ref, fix="name the fine-tune and the model that it was made from")
-    samples = sketched(base.tensors.values())
-    specs = [one for plan in plans for one in plan.specs] + [spec(source) for source in samples]
-    with ModelWriter(out, specs, force=force) as writer:
-        for source in samples:
-            writer.write(spec(source).name, 0, sketch(source))
-        measured = each(lambda pair: work.store(pair, writer), matched)
-        differences = [one for one in measured if one.size is not None]
+    check_bases([model, base], force=force)
+    work = Work(2 * sum(numel(pair.model) for pair in matched), on_progress)
+    names = [pair.name for pair in matched]
+    parts = [f"{part} {name}" for part in ("survey", "store") for name in names] + ["weights", "base", "model"]
+    depends_on = {"kind": kind, "density": density, "digests": [base.digest(), model.digest()]}
+    depends_on |= surroundings([base, model])
+    with JobFolder(out, parts, depends_on, force=force) as job:
+        surveys = each(lambda pair: _survey(pair, kind, density, job, work), matched)
+        if all(survey["encoding"] == "base" for survey in surveys):
+            what, fix = "the model and the base have the same weights", "name the fine-tune and what it was made from"
+            raise UserError("RG212", what, where=model.ref, fix=fix)
+        measured = _write_weights(job, base, matched, surveys, work)
+        _take_up(job.staging / _WEIGHTS, job.staging)
+        differences = [one for one in measured if one["size"] is not None]
         delta = Delta(
             kind=kind,
             density=density if kind == "sparse" else None,
-            base=Parent.of(base),
-            model=Parent.of(model),
-            tensors={pair.name: one.record for pair, one in zip(matched, measured, strict=True)},
+            base=Parent(**job.once("base", lambda: Parent.of(base).model_dump())),
+            model=Parent(**job.once("model", lambda: Parent.of(model).model_dump())),
+            tensors={pair.name: _record(pair, one) for pair, one in zip(matched, measured, strict=True)},
             removed=removed,
-            base_files=_keep_files(writer.staging / FILES, model, base),
-            relative_error=_ratio(sum(d.error for d in differences), sum(d.size or 0.0 for d in differences)),
-            exact=sum(d.exact for d in measured) / max(sum(d.numel for d in measured), 1),
+            base_files=_keep_files(job.staging / FILES, model, base),
+            relative_error=_ratio(sum(d["error"] for d in differences), sum(d["size"] for d in differences)),
+            exact=sum(d["exact"] for d in measured) / max(sum(numel(pair.model) for pair in matched), 1),
             licence=combine([base, model]).licence,
         )
-        copy_licences(writer.staging, [base, model])
-        delta.write(writer.staging)
-        write_delta_card(writer.staging, delta, name=writer.out.name)
-        writer.publish()
+        copy_licences(job.staging, [base, model])
+        delta.write(job.staging)
+        write_delta_card(job.staging, delta, name=job.out.name)
+        job.publish()
     return delta
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What becomes of a tensor: an encoder if it is a difference, else "base" or "whole"."""
+def _survey(pair: Pair, kind: Kind, density: float, job: JobFolder, work: Work) -> dict[str, Any]:
+    """Look at a tensor, and say how it will be stored: the encoding, and what its encoder needs."""
 
-    encoding: Encoding
-    encoder: Encoder | None
-    specs: list[TensorSpec]
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A tensor that is stored: squared norms of error and change (None if it is no difference), entries that return."""
-
-    record: TensorRecord
-    numel: int
-    exact: int
-    error: float = 0.0
-    size: float | None = None
-
-
-class _Extraction:
-    """The tensors of two models on their way into a delta."""
-
-    def __init__(
-        self, matched: list[Pair], kind: Kind, density: float, on_progress: Callable[[int, int], None] | None
-    ) -> None:
-        self._kind, self._density = kind, density
-        self._work = Work(2 * sum(numel(pair.model) for pair in matched), on_progress)
-        self._plans: dict[str, _Plan] = {}
-
-    def plan(self, pair: Pair) -> _Plan:
-        """Look at a tensor, and say how it will be stored."""
-        plan = self._planned(pair)
-        self._plans[pair.name] = plan
-        self._work.advance(numel(pair.model))
-        return plan
-
-    def _planned(self, pair: Pair) -> _Plan:
+    def look() -> dict[str, Any]:
         base, model = pair.base, pair.model
         if base is not None and _equal(base, model):
-            return _Plan("base", None, [])
-        if base is None or not pair.subtractable:
-            return _Plan("whole", None, [TensorSpec(f"whole/{pair.name}", model.shape, model.dtype)])
-        encoder = self._encoder(pair.name, base, model)
-        return _Plan(encoder.encoding, encoder, encoder.specs)
+            return {"encoding": "base"}
+        if base is None or not pair.subtractable or not numel(model):
+            return {"encoding": "whole"}
+        odd, mean = _differences(base, model)
+        if kind == "sparse":
+            kept = max(1, round(density * numel(model)))
+            threshold, above = largest(pair.name, base, model, kept)
+            return {"encoding": "sparse", "threshold": threshold, "above": above, "kept": kept}
+        if kind == "bits" and len(model.shape) > 1:
+            return {"encoding": "bits", "scale": mean}
+        return {"encoding": "dense", "odd": odd}
 
-    def _encoder(self, name: str, base: TensorSource, model: TensorSource) -> Encoder:
-        odd, mean = _survey(base, model)
-        if self._kind == "sparse":
-            kept = max(1, round(self._density * numel(model)))
-            return SparseDelta(name, model, *largest(name, base, model, kept), kept)
-        if self._kind == "bits" and len(model.shape) > 1:
-            return Bits(name, model, mean)
-        return Dense(name, model, odd)
+    found = job.once(f"survey {pair.name}", look)
+    work.advance(numel(pair.model))
+    return found
 
-    def store(self, pair: Pair, writer: ModelWriter) -> _Measured:
-        """Write a tensor, and measure what will come back."""
-        plan, model, count = self._plans[pair.name], pair.model, numel(pair.model)
-        record = TensorRecord(shape=list(model.shape), dtype=dtype_name(model.dtype), encoding=plan.encoding)
-        exact, error, size = count, 0.0, None
-        if plan.encoding == "whole":
-            for start, stop in slices(count):
-                values = model.read(start, stop)
-                if values.dtype.is_floating_point:
-                    _check_finite(pair.name, values.to(arithmetic(values.dtype)), "the model")
-                writer.write(f"whole/{pair.name}", start, values)
-        elif plan.encoder is not None and pair.base is not None:
-            exact, size = 0, 0.0
-            for start, own, stored, wide in _read(pair.base, model):
-                change = wide - own
-                back = plan.encoder.write(writer.write, start, own, stored, change)
-                exact += int(same_bits(back, stored).sum())
-                error += _squares(back.to(torch.float64) - stored.to(torch.float64))
-                size += _squares(change)
-            record.relative_error, record.exact = _ratio(error, size), exact / count
-        self._work.advance(count)
-        return _Measured(record, count, exact, error, size)
+
+def _write_weights(
+    job: JobFolder, base: Checkpoint, matched: list[Pair], surveys: list[dict[str, Any]], work: Work
+) -> list[dict[str, Any]]:
+    """Store all tensors in a folder within the staging folder; the figures of each."""
+    encoders = {pair.name: _encoder(pair, survey) for pair, survey in zip(matched, surveys, strict=True)}
+    samples = sketched(base.tensors.values())
+    specs = [spec for one in encoders.values() if one is not None for spec in one.specs]
+    specs += [sketch_spec(source) for source in samples]
+    if "weights" in job.done:  # they are there, whole
+        work.advance(sum(numel(pair.model) for pair in matched))
+        return [job.done[f"store {pair.name}"] for pair in matched]
+    depends_on = {"surveys": surveys}  # the folder around it has made sure of the rest
+    with ModelWriter(job.staging / _WEIGHTS, specs, force=True, depends_on=depends_on) as writer:
+
+        def store(pair: Pair) -> dict[str, Any]:
+            encoder = encoders[pair.name]
+            stored = [spec.name for spec in encoder.specs] if encoder is not None else []
+            if not all(name in writer.finished for name in stored):
+                job.done.pop(f"store {pair.name}", None)  # noted, but not there
+
+            def write() -> dict[str, Any]:
+                found = _store(pair, encoder, writer)
+                for name in stored:
+                    writer.finish(name, {})
+                return found
+
+            found = job.once(f"store {pair.name}", write)
+            work.advance(numel(pair.model))
+            return found
+
+        for source in samples:
+            writer.write(sketch_spec(source).name, 0, sketch(source))
+        measured = each(store, matched)
+        writer.publish()
+    job.once("weights", dict)
+    return measured
+
+
+def _encoder(pair: Pair, survey: dict[str, Any]) -> Encoder | Whole | None:
+    """What writes a tensor; None if nothing is stored."""
+    name, model = pair.name, pair.model
+    match survey["encoding"]:
+        case "whole":
+            return Whole(name, model)
+        case "sparse":
+            return SparseDelta(name, model, survey["threshold"], survey["above"], survey["kept"])
+        case "bits":
+            return Bits(name, model, survey["scale"])
+        case "dense":
+            return Dense(name, model, survey["odd"])
+    return None
+
+
+def _store(pair: Pair, encoder: Encoder | Whole | None, writer: ModelWriter) -> dict[str, Any]:
+    """Write a tensor and measure what will come back: entries that are exact, squared norms of error and change."""
+    model, count = pair.model, numel(pair.model)
+    exact, error, size = count, 0.0, None
+    if isinstance(encoder, Whole):
+        for start, stop in slices(count):
+            values = model.read(start, stop)
+            if values.dtype.is_floating_point:
+                _check_finite(pair.name, values.to(arithmetic(values.dtype)), "the model")
+            writer.write(f"whole/{pair.name}", start, values)
+    elif encoder is not None and pair.base is not None:
+        exact, size = 0, 0.0
+        for start, own, stored, wide in _read(pair.base, model):
+            change = wide - own
+            back = encoder.write(writer.write, start, own, stored, change)
+            exact += int(same_bits(back, stored).sum())
+            error += _squares(back.to(torch.float64) - stored.to(torch.float64))
+            size += _squares(change)
+    encoding = "base" if encoder is None else encoder.encoding
+    return {"encoding": encoding, "exact": exact, "error": error, "size": size}
+
+
+def _record(pair: Pair, measured: dict[str, Any]) -> TensorRecord:
+    return TensorRecord(
+        shape=list(pair.model.shape),
+        dtype=dtype_name(pair.model.dtype),
+        encoding=measured["encoding"],
+        relative_error=_ratio(measured["error"], measured["size"] or 0.0),
+        exact=measured["exact"] / max(numel(pair.model), 1),
+    )
+
+
+def _take_up(folder: Path, to: Path) -> None:
+    """Move what is in a folder to the one that holds it; a run that died within it is gone on with."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            path.replace(to / path.name)
+        folder.rmdir()
 
 
 def _read(base: TensorSource, model: TensorSource) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -195,7 +232,7 @@ def _equal(base: TensorSource, model: TensorSource) -> bool:
     return all(bool(same_bits(base.read(*at), model.read(*at)).all()) for at in slices(numel(model)))
 
 
-def _survey(base: TensorSource, model: TensorSource) -> tuple[int, float]:
+def _differences(base: TensorSource, model: TensorSource) -> tuple[int, float]:
     """How many entries base plus difference does not give back, and the mean size of the changes.
 
     Raises:
@@ -229,6 +266,7 @@ def _ratio(error: float, size: float) -> float:
 
 def _keep_files(folder: Path, model: Checkpoint, base: Checkpoint) -> list[str]:
     """Write what stands beside the model's weights and is not the base's; return the names of what is."""
+    remove(folder)  # of a run that died
     folder.mkdir()
     dtype = main_dtype({source.name: (source.dtype, numel(source)) for source in model.tensors.values()})
     names = copy_sidecars(folder, config_from=model, tokenizer_from=model, config_changes={}, dtype=dtype)

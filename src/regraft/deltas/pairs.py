@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from regraft.axes import layout
 from regraft.checkpoint import Checkpoint, TensorSource
+from regraft.checkpoint.distance import relative_distance
 from regraft.checkpoint.licences import short_name
 from regraft.errors import UserError
-from regraft.inspect.distance import relative_distance
 from regraft.inspect.obstacles import Model, of_architecture, of_tensors, of_vocabulary
 from regraft.inspect.tokenizer import tokenizer
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from regraft.checkpoint import Checkpoint
 from regraft.checkpoint.output import OutputFolder
 from regraft.errors import UserError
 
@@ -16,14 +17,14 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def check_output(out: Path, sources: Iterable[Path], *, force: bool) -> None:
+def check_output(out: Path, sources: Iterable[Checkpoint], *, force: bool) -> None:
     """Refuse an output that cannot be made, or that would replace what it is made from.
 
     Raises:
         UserError: RG401, RG405.
     """
     resolved = out.resolve()
-    for source in (path.resolve() for path in sources):
+    for source in (path.resolve() for one in sources for path in (one.path, *one.folders)):
         if resolved == source or resolved in source.parents:
             what = f"the output is the folder of {source.name}, or one above it"
             raise UserError("RG401", what, where=str(out), fix="name another output")

@@ -15,10 +15,10 @@ import torch
 
 from regraft.axes import layout
 from regraft.checkpoint import BLOCK, Checkpoint, numel
+from regraft.checkpoint.distance import Distance
 from regraft.errors import UserError
 from regraft.inspect.config_keys import Difference, config_differences
 from regraft.inspect.deltas import relative_distance
-from regraft.inspect.distance import Distance
 from regraft.inspect.facts import Facts, facts
 from regraft.inspect.obstacles import (
     Model,

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from regraft.axes import Layout, layout
 from regraft.checkpoint import BLOCK, Checkpoint, TensorSource, numel
+from regraft.checkpoint.distance import Distance, check_base, rank_bases, relative_distance
 from regraft.checkpoint.tensor import read_rows
 from regraft.errors import UserError
 from regraft.inspect.advice import layer_swap, sparsification
-from regraft.inspect.distance import Distance, check_base, rank_bases, relative_distance
 from regraft.merge.rule import Chunk, TensorInfo
 from regraft.merge.statistics import Gram, Sum
 from regraft.methods import Options

@@ -1,8 +1,8 @@
 """What a model is: the facts of one checkpoint, from headers, config, tokenizer and card; unknown is None.
 
 Nothing from the model's folder is run, and no weights are read unless `stats` asks for it. A folder whose weights
-cannot be opened (stubs of git-LFS, packed weights, an adapter without its base) still has facts: `look` gives them,
-with the reason as a remark.
+cannot be opened (stubs of git-LFS, packed weights, an adapter or a delta without its base) still has facts: `look`
+gives them, with the reason as a remark.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 from regraft.axes import Layout, layout
 from regraft.checkpoint import Checkpoint, nbytes, open_checkpoint, read_json
+from regraft.checkpoint.delta_record import Delta
 from regraft.checkpoint.model import open_shell
 from regraft.checkpoint.paths import located
 from regraft.checkpoint.tensor import DTYPE_NAMES, numel
-from regraft.checkpoint.weights import ADAPTER_CONFIG
+from regraft.checkpoint.weights import ADAPTER_CONFIG, is_delta
 from regraft.errors import UserError
 from regraft.inspect.architecture import Architecture, architecture, counts
 from regraft.inspect.card import CardFacts, Contradiction, card, contradictions
@@ -26,7 +27,7 @@ from regraft.inspect.scan import Scan, scan
 from regraft.inspect.tokenizer import TokenizerFacts, tokenizer
 
 # What a folder may have instead of weights that can be used; its other files are still worth a look.
-_STILL_A_MODEL = ("RG102", "RG106", "RG107", "RG108", "RG109", "RG111")
+_STILL_A_MODEL = ("RG102", "RG106", "RG107", "RG108", "RG109", "RG111", "RG113")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class BaseClaim:
-    """Where a model may come from: `source` is "card", "adapter", "lineage" or "weights" (measured, nearest first)."""
+    """Where a model may come from.
+
+    `source` is "card", "adapter", "delta", "lineage" or "weights" (measured, nearest first).
+    """
 
     source: str
     model: str
@@ -73,7 +77,10 @@ class BaseClaim:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that is known of one model. `kind` is "model" or "adapter"; `scan` is None unless stats were asked."""
+    """Everything that is known of one model.
+
+    `kind` is "model", "adapter" or "delta"; `scan` is None unless stats were asked for.
+    """
 
     ref: str
     repo_id: str | None
@@ -119,11 +126,14 @@ def facts(
     adapter = _adapter(checkpoint)
     sizes = [] if size.parameters is None else [size.parameters, size.parameters - (size.embeddings or 0)]
     against = contradictions(checkpoint, task=stated.task, head=shape.head, sizes=sizes, context=shape.context)
+    kind = "model"
+    if not checkpoint.tensors:
+        kind = "adapter" if adapter is not None else "delta" if is_delta(checkpoint.path) else "model"
     return Facts(
         ref=checkpoint.ref,
         repo_id=checkpoint.repo_id or None,
         revision=checkpoint.revision or None,
-        kind="adapter" if adapter is not None and not checkpoint.tensors else "model",
+        kind=kind,
         architecture=shape,
         size=size,
         tokenizer=tokens,
@@ -149,7 +159,9 @@ def look(ref: str, *, stats: bool = False, offline: bool = False, candidates: Se
         told = ("config.json", "README.md", ADAPTER_CONFIG)
         if error.code not in _STILL_A_MODEL or not folder.is_dir() or not any((folder / n).is_file() for n in told):
             raise
-        remark = "" if error.code == "RG108" else f"the weights cannot be used: {error.what}"
+        remark = f"the weights cannot be used: {error.what}"
+        if error.code in ("RG108", "RG113"):  # what it is is told
+            remark = ""
         return facts(open_shell(ref, folder, remark), candidates=())
 
 
@@ -198,6 +210,9 @@ def _bases(
     found = [BaseClaim("card", name, stated.base_relation or "") for name in stated.base_models]
     if adapter is not None and adapter.base:
         found.append(BaseClaim("adapter", adapter.base))
+    if not checkpoint.tensors and is_delta(checkpoint.path):
+        base = Delta.read(checkpoint.path).base
+        found.append(BaseClaim("delta", base.repo_id or base.name, f"digest {base.digest[:16]}"))
     for candidate, distance in rank_bases(checkpoint, candidates) if checkpoint.tensors else []:
         found.append(BaseClaim("weights", candidate.ref, distance.sentence()))
     return found

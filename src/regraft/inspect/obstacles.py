@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from regraft.axes import Layout
 from regraft.checkpoint import Checkpoint, TensorSource
+from regraft.checkpoint.distance import Distance
 from regraft.inspect.config_keys import Difference
-from regraft.inspect.distance import Distance
 from regraft.inspect.scan import Scan
 from regraft.inspect.tokenizer import TokenizerFacts
 

@@ -7,36 +7,31 @@ one to the byte, except for the date, time and memory that regraft.json and the 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from regraft.checkpoint.card import write_card
-from regraft.checkpoint.lineage import InputRecord, Lineage, Output, Software, fold_names, group_options
+from regraft.checkpoint.lineage import InputRecord, Lineage, Output, fold_names, group_options
 from regraft.checkpoint.output import DISK_FULL
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
+from regraft.checkpoint.surroundings import surroundings
 from regraft.checkpoint.writer import ModelWriter
 from regraft.errors import UserError, UserWarningMessage
 from regraft.merge.diagnostics import TaskVectorStatistics
 from regraft.merge.engine import Outcome, run_jobs
 from regraft.recipe.document import Recipe
-from regraft.recipe.fit import Member
 from regraft.recipe.merge_plan import MergePlan
 from regraft.recipe.progress import Progress
 from regraft.recipe.settings import Settings
 
 # Switches that change how a run goes and never what it writes. All others are part of what makes a run the same.
 _INDIFFERENT = ("offline", "force", "accept_licenses", "workers", "chunk", "max_memory")
-# What compiles and runs the arithmetic, beside what the lineage names.
-_KERNELS = ("numpy", "numba")
 
 
 def execute(
@@ -113,46 +108,13 @@ def execute(
 def depends_on(plan: MergePlan, settings: Settings) -> dict[str, Any]:
     """Everything that the weights and the facts told of them depend on, JSON-able.
 
-    The content key covers contents and options. Added to it is what may differ between two runs of one key (names of
-    models in messages, switches, versions), and where the files are, so that a file that was exchanged for another of
-    equal size and time is noticed.
+    The content key covers contents and options. Added to it is what may differ between two runs of one key: names of
+    models in messages, switches, and what `surroundings` tells.
     """
     names = [[m.name, m.checkpoint.ref] for m in plan.parents]
     switches = {name: value for name, value in asdict(settings).items() if name not in _INDIFFERENT}
-    files = [state for m in {id(m): m for m in (*plan.parents, plan.template)}.values() for state in _states(m)]
-    return {
-        "key": plan.key,
-        "names": names,
-        "switches": switches,
-        "software": [Software().model_dump(mode="json"), *map(metadata.version, _KERNELS), _code()],
-        "files": hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest(),
-    }
-
-
-def _code() -> str:
-    """What names the state of this package's own files, which change without a version while somebody works on them."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    states = [[str(file), status.st_size, status.st_mtime_ns] for file in files for status in [file.stat()]]
-    return hashlib.blake2b(json.dumps(states).encode(), digest_size=16).hexdigest()
-
-
-def _states(member: Member) -> list[list[Any]]:
-    """[path, size, time, device, inode] of the files that a model was opened from; those of adapters are in its digest.
-
-    Raises:
-        UserError: RG101 if one has gone.
-    """
-    states = []
-    for stamp in member.checkpoint.stamps:
-        if not stamp.startswith("+"):
-            path = member.checkpoint.path / stamp.rsplit(" ", 2)[0]
-            try:
-                status = path.stat()
-            except OSError as error:
-                what, fix = f"the file cannot be read: {error.strerror}", "run again with it in place"
-                raise UserError("RG101", what, where=str(path), fix=fix) from error
-            states.append([str(path), status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino])
-    return states
+    around = surroundings(m.checkpoint for m in (*plan.parents, plan.template))
+    return {"key": plan.key, "names": names, "switches": switches, **around}
 
 
 @contextmanager

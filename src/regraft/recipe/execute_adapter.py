@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from regraft.adapters.extract import FACTORS
 from regraft.adapters.folder import WEIGHTS
 from regraft.adapters.publish import summary, write
 from regraft.checkpoint import Checkpoint, read_safetensors
 from regraft.checkpoint.adapter import apply
+from regraft.checkpoint.card import AdapterFacts
+from regraft.checkpoint.job_folder import JobFolder
 from regraft.checkpoint.lineage import Lineage
-from regraft.checkpoint.output import OutputFolder
+from regraft.checkpoint.output import remove
 from regraft.recipe.document import Recipe
-from regraft.recipe.execute import begin, title
+from regraft.recipe.execute import begin, depends_on, title
 from regraft.recipe.merge_plan import MergePlan
 from regraft.recipe.progress import Progress
 from regraft.recipe.settings import Settings
@@ -29,19 +32,20 @@ def write_adapter(plan: MergePlan, out: Path, recipe: Recipe, settings: Settings
     lineage = begin(plan, recipe)
     cut = plan.step.cut
     lineage.settings |= {"output": "lora", "cut": asdict(cut) if cut else None}
-    with OutputFolder(out, force=settings.force, need_bytes=plan.bytes_out) as folder:
-        adapter, changes = combination.run(progress.advance)
+    work = depends_on(plan, settings) | {"cut": lineage.settings["cut"]}
+    with JobFolder(out, combination.parts, work, force=settings.force, need_bytes=plan.bytes_out) as folder:
+        adapter, changes = combination.run(progress.advance, folder)
+        remove(folder.staging / FACTORS)
         lineage.warnings = [*plan.warnings, *combination.remarks]
         n = len(plan.inputs)
         sentence = f"{n} LoRA adapter{'s' if n > 1 else ''} of one base merged into one by `{plan.rule.name}`."
         write(
             folder.staging,
             adapter,
-            combination.base,
             [m.checkpoint for m in plan.parents],
             lineage,
             changes,
-            sentence,
+            AdapterFacts(combination.base, adapter.skeleton.class_name, sentence),
             name=title(plan, out),
             recipe=recipe.text,
             registered=plan.rule,

@@ -13,11 +13,11 @@ from typing import Any
 from regraft.adapters.merged import Combination
 from regraft.axes import Layout, layout
 from regraft.checkpoint import Checkpoint, TensorSource
+from regraft.checkpoint.distance import Distance, relative_distance
 from regraft.checkpoint.licences import LicenceVerdict, combine
 from regraft.checkpoint.tensor import nbytes
 from regraft.checkpoint.writer import TensorSpec, size_on_disk
 from regraft.errors import UserError
-from regraft.inspect.distance import Distance, relative_distance
 from regraft.merge.jobs import Job, group
 from regraft.merge.rule import Rule
 from regraft.methods import method

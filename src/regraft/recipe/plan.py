@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from regraft.checkpoint import open_checkpoint
+from regraft.checkpoint import Checkpoint, open_checkpoint
 from regraft.checkpoint.output import reserved, unfinished_in
 from regraft.errors import UserError
 from regraft.merge.jobs import Job, default_chunk, default_workers, fit_memory, predict_memory, usable_device
 from regraft.methods import Options, method
-from regraft.recipe.document import EvaluateStep, MergeStep, Recipe
+from regraft.recipe.document import EvaluateStep, Input, MergeStep, Recipe
 from regraft.recipe.estimate import estimate_seconds, process_memory
 from regraft.recipe.fit import Member
 from regraft.recipe.merge_plan import MergePlan, plan_merge
@@ -30,6 +30,7 @@ class EvaluatePlan:
     options: Options
     data: Path
     models: tuple[str, ...]
+    folded: dict[str, MergePlan] = field(default_factory=dict)  # models that metrics need written as a folder
 
 
 @dataclass
@@ -75,7 +76,8 @@ class Plan:
 def _describe(plan: MergePlan | EvaluatePlan) -> dict[str, Any]:
     if isinstance(plan, EvaluatePlan):
         options = plan.options.model_dump(mode="json")
-        return {"step": plan.step.name, "evaluate": plan.metric.name, "models": list(plan.models), "options": options}
+        facts = {"step": plan.step.name, "evaluate": plan.metric.name, "models": list(plan.models), "options": options}
+        return facts | ({"written": {name: one.bytes_out for name, one in plan.folded.items()}} if plan.folded else {})
     return {
         "step": plan.step.name,
         "merge": plan.rule.name,
@@ -116,7 +118,7 @@ def make_plan(recipe: Recipe, settings: Settings | None = None, *, out: Path | N
     for step in recipe.steps:
         if isinstance(step, EvaluateStep):
             adapters = [p.step.name for p in steps if isinstance(p, MergePlan) and p.combination is not None]
-            steps.append(_plan_evaluation(step, recipe, members, adapters))
+            steps.append(_plan_evaluation(step, recipe, members, adapters, settings))
             continue
         chosen = members.of(step)
         plan = plan_merge(step, chosen, settings, planned=any(m.name in members.planned for m in chosen.values()))
@@ -125,10 +127,11 @@ def make_plan(recipe: Recipe, settings: Settings | None = None, *, out: Path | N
         steps.append(plan)
         warnings += [f"{step.name}: {w}" for w in plan.warnings]
     warnings += members.remarks()
-    merges = [s for s in steps if isinstance(s, MergePlan)]
-    jobs = [job for plan in merges for job in plan.jobs]
+    written = [s for s in steps if isinstance(s, MergePlan)]
+    written += {p.key: p for s in steps if isinstance(s, EvaluatePlan) for p in s.folded.values()}.values()
+    jobs = [job for plan in written for job in plan.jobs]
     workers, chunk, memory = size_run(jobs, settings)
-    disk = sum(plan.bytes_out for plan in merges)
+    disk = sum(plan.bytes_out for plan in written)
     if out is not None:
         _check_disk(out, disk)
     return Plan(recipe, settings, steps, workers, chunk, memory, disk, members, warnings)
@@ -139,24 +142,44 @@ class Members:
 
     def __init__(self, recipe: Recipe, settings: Settings) -> None:
         self._recipe, self._settings = recipe, settings
-        self._opened: dict[str, Member] = {}
+        self._opened: dict[tuple[str, str], Member] = {}  # by name, and base for deltas that are named alone
         self.planned: dict[str, Member] = {}
 
     def of(self, step: MergeStep) -> Mapping[str, Member]:
         """The members that a step names, under the names that it uses."""
         names = [i.model for s in (step.slices or ()) for i in s.inputs] + [i.model for i in step.inputs]
         names += [n for n in (step.base, step.config_from, step.tokenizer_from) if n]
-        return {name: self.get(name) for name in dict.fromkeys(names)}
+        return {name: self.get(name, step.base if name != step.base else None) for name in dict.fromkeys(names)}
 
-    def get(self, name: str) -> Member:
+    def get(self, name: str, base: str | None = None) -> Member:
+        """The model of a name; a delta alone is one on `base`, if there is a base.
+
+        Raises:
+            UserError: what opening raises; RG309 for a delta on what a step makes.
+        """
         if name in self.planned:
             return self.planned[name]
-        if name not in self._opened:
+        if (name, "") in self._opened:
+            return self._opened[name, ""]
+        if (name, base or "") not in self._opened:
             reference = self._recipe.models.get(name, name)
-            folder = self._recipe.path.parent if self._recipe.path else None
-            checkpoint = open_checkpoint(reference, relative_to=folder, offline=self._settings.offline)
-            self._opened[name] = Member(name, checkpoint)
-        return self._opened[name]
+            try:
+                self._opened[name, ""] = Member(name, self._open(reference))
+                return self._opened[name, ""]
+            except UserError as error:
+                if error.code != "RG113" or base is None:
+                    raise
+            if base in self.planned:
+                what = f"{name} is a delta, and cannot be put on what the step {base} makes"
+                raise UserError("RG309", what, where=reference, fix=f"write {name} as base+delta")
+            origin = self._recipe.models.get(base, base)
+            self._opened[name, base] = Member(name, self._open(f"{origin}+{reference}"))
+        return self._opened[name, base or ""]
+
+    def _open(self, reference: str) -> Checkpoint:
+        folder = self._recipe.path.parent if self._recipe.path else None
+        settings = self._settings
+        return open_checkpoint(reference, relative_to=folder, offline=settings.offline, force=settings.force)
 
     def afresh(self) -> Members:
         """The same opened models, before any step."""
@@ -185,11 +208,20 @@ def check_licences(plan: MergePlan, settings: Settings) -> None:
         raise UserError("RG404", what, where=plan.step.where, fix="if you may combine them, add --accept-licenses")
 
 
-def _plan_evaluation(step: EvaluateStep, recipe: Recipe, members: Members, adapters: Collection[str]) -> EvaluatePlan:
+def fold(name: str, step: EvaluateStep) -> MergeStep:
+    """The step that writes a model with adapters or deltas as a folder of its own."""
+    return MergeStep(name, "passthrough", None, (Input(name),), where=step.where)
+
+
+def _plan_evaluation(
+    step: EvaluateStep, recipe: Recipe, members: Members, adapters: Collection[str], settings: Settings
+) -> EvaluatePlan:
     metric = method("evaluate", step.metric, where=step.where)
+    folded = {}
     for name in step.models:
         if name not in members.planned:
-            members.get(name)
+            if members.get(name).checkpoint.adapters:
+                folded[name] = plan_merge(fold(name, step), {name: members.get(name)}, settings)
         elif name in adapters:
             what = f"{name} is an adapter, which has no folder of a whole model"
             fix = "merge it into its base in a step without output: lora, and evaluate that step"
@@ -200,7 +232,7 @@ def _plan_evaluation(step: EvaluateStep, recipe: Recipe, members: Members, adapt
         raise UserError("RG601", f"no data at {step.data!r}", where=step.where, fix="give the path of a data file")
     options = metric.resolve(step.options, where=step.where)
     metric.check(data, options)
-    return EvaluatePlan(step, metric, options, data, step.models)
+    return EvaluatePlan(step, metric, options, data, step.models, folded)
 
 
 def _check_disk(out: Path, need: int) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from regraft.adapters.factors import Truncation
 from regraft.checkpoint import Checkpoint, open_checkpoint
+from regraft.checkpoint.delta import check_bases
 from regraft.checkpoint.lineage import FILE_NAME, Lineage
 from regraft.checkpoint.output import clear_leftovers, unfinished_in
 from regraft.errors import UserError, nearest
@@ -29,7 +30,7 @@ from regraft.recipe.file_states import data_files, pictures_beside
 from regraft.recipe.fit import Member
 from regraft.recipe.merge_plan import MergePlan, plan_merge
 from regraft.recipe.own import OUTPUTS
-from regraft.recipe.plan import Members, Plan, make_plan, size_run
+from regraft.recipe.plan import Members, Plan, fold, make_plan, size_run
 from regraft.recipe.progress import Progress, Silent
 from regraft.recipe.scores import Evaluation, record_scores
 from regraft.recipe.settings import Settings
@@ -67,7 +68,7 @@ def run(recipe: Recipe, out: Path, settings: Settings | None = None, progress: P
     for step in recipe.steps:
         progress.step(step.name)
         if isinstance(step, EvaluateStep):
-            result.evaluations += _evaluate(step, plan, members, store, progress)
+            result.evaluations += _evaluate(step, plan, members, store, settings, progress)
             continue
         folder, made = _artefact(step, recipe, members, store, settings, progress)
         result.artefacts[step.name] = folder
@@ -165,10 +166,11 @@ def _check_output(out: Path, plan: Plan, settings: Settings) -> None:
     resolved = out.resolve()
     for step in plan.merges:
         for member in step.parents:
-            source = member.checkpoint.path.resolve()
-            if resolved == source or resolved in source.parents:
-                what = f"the output is the folder of {member.name}, or one above it"
-                raise UserError("RG401", what, where=str(out), fix="name another output")
+            for folder in (member.checkpoint.path, *member.checkpoint.folders):
+                source = folder.resolve()
+                if resolved == source or resolved in source.parents:
+                    what = f"the output is the folder of {member.name}, or one above it"
+                    raise UserError("RG401", what, where=str(out), fix="name another output")
     if out.exists() and not out.is_dir():
         raise UserError("RG401", "the output is a file", where=str(out), fix="name a folder that does not exist yet")
     if settings.force or not out.exists() or not any(out.iterdir()):
@@ -216,6 +218,7 @@ def _artefact(
 
 
 def _make(plan: MergePlan, out: Path, recipe: Recipe, settings: Settings, progress: Progress) -> None:
+    plan.warnings += check_bases([member.checkpoint for member in (*plan.parents, plan.template)], force=settings.force)
     if plan.combination is not None:
         write_adapter(plan, out, recipe, settings, progress)
         return
@@ -223,7 +226,9 @@ def _make(plan: MergePlan, out: Path, recipe: Recipe, settings: Settings, progre
     execute(plan, out, recipe, settings, workers=workers, chunk=chunk, progress=progress)
 
 
-def _evaluate(step: EvaluateStep, plan: Plan, members: Members, store: _Store, progress: Progress) -> list[Evaluation]:
+def _evaluate(
+    step: EvaluateStep, plan: Plan, members: Members, store: _Store, settings: Settings, progress: Progress
+) -> list[Evaluation]:
     planned = next(s for s in plan.steps if s.step is step)
     found = []
     data_key = _data_key(planned.data)  # type: ignore[union-attr]
@@ -233,19 +238,15 @@ def _evaluate(step: EvaluateStep, plan: Plan, members: Members, store: _Store, p
         key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
         score = store.score(key)
         if score is None:
-            score = planned.metric.score(_folder_of(checkpoint, name), planned.data, planned.options)  # type: ignore[union-attr]
+            folder = checkpoint.path
+            if checkpoint.adapters:
+                folder, _ = _artefact(fold(name, step), plan.recipe, members, store, settings, progress)
+            score = planned.metric.score(folder, planned.data, planned.options)  # type: ignore[union-attr]
             score = score.model_dump(mode="json") if hasattr(score, "model_dump") else dict(asdict(score))
             store.keep_score(key, score)
         found.append(Evaluation(step.name, planned.metric.name, name, step.data, score))  # type: ignore[union-attr]
         progress.advance(i + 1, len(step.models))
     return found
-
-
-def _folder_of(checkpoint: Checkpoint, name: str) -> Path:
-    if checkpoint.adapters:
-        what = f"{name} is a model with an adapter, which has no folder of its own"
-        raise UserError("RG602", what, fix="merge it alone in a passthrough step and evaluate that step")
-    return checkpoint.path
 
 
 def _data_key(path: Path) -> list[Any]:

@@ -17,6 +17,11 @@ def packed_size(numel: int) -> int:
     return -(-numel // 8)
 
 
+def pack_mask(numel: int) -> int:
+    """The bits of the last byte that belong to `numel` entries."""
+    return (1 << ((numel - 1) % 8 + 1)) - 1
+
+
 def pack(bits: Tensor) -> Tensor:
     """A flat boolean tensor as uint8; entry i is bit i % 8 of byte i // 8, and bits left over are 0."""
     return torch.from_numpy(np.packbits(bits.numpy(), bitorder="little"))

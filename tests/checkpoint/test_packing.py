@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regraft.deltas.packing import pack, packed_size, unpack
+from regraft.checkpoint.packing import pack, packed_size, unpack
 
 
 @given(st.lists(st.booleans(), max_size=200))

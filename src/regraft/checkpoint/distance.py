@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from regraft.axes import Layout, layout
-from regraft.checkpoint import BLOCK, Checkpoint, TensorSource, numel
+from regraft.checkpoint.model import Checkpoint
+from regraft.checkpoint.tensor import BLOCK, TensorSource, numel
 
 UNRELATED_COSINE = 0.15
 FAR_RELATIVE = 0.2

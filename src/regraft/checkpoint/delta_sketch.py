@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from regraft.checkpoint import Checkpoint, MemoryTensor, TensorSource, TensorSpec, numel
-from regraft.inspect.distance import Distance, relative_distance
+from regraft.checkpoint.distance import Distance, relative_distance
+from regraft.checkpoint.model import Checkpoint
+from regraft.checkpoint.shards import TensorSpec
+from regraft.checkpoint.tensor import MemoryTensor, TensorSource, numel
 
 _PIECES = 4
 _LENGTH = 64
@@ -36,6 +38,20 @@ def sketch(source: TensorSource) -> torch.Tensor:
         return source.read()
     gap = (count - _LENGTH) // (_PIECES - 1)
     return torch.cat([source.read(i * gap, i * gap + _LENGTH) for i in range(_PIECES)])
+
+
+def is_own(parts: Mapping[str, TensorSource], base: Checkpoint) -> bool:
+    """Whether a base has the values, bit for bit, that the sketch in `parts` was taken from."""
+    own = {f"sketch/{source.name}": source for source in sketched(base.tensors.values())}
+    if {name for name in parts if name.startswith("sketch/")} != own.keys():
+        return False
+    return all(_same(parts[name], sketch(source)) for name, source in own.items())
+
+
+def _same(stored: TensorSource, values: torch.Tensor) -> bool:
+    if stored.dtype != values.dtype or numel(stored) != values.numel():
+        return False
+    return torch.equal(stored.read().view(torch.uint8), values.contiguous().view(torch.uint8))
 
 
 def distance_to_own(parts: Mapping[str, TensorSource], base: Checkpoint) -> Distance:

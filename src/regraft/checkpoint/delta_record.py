@@ -10,22 +10,24 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from regraft.checkpoint import Checkpoint, read_json
-from regraft.checkpoint.json_file import malformed_field
+from regraft.checkpoint.json_file import malformed_field, read_json
 from regraft.checkpoint.licences import short_name
+from regraft.checkpoint.model import Checkpoint
 from regraft.checkpoint.paths import inside
 from regraft.checkpoint.safetensors_file import MAX_NAME
 from regraft.checkpoint.tensor import DTYPE_NAMES, DTYPES
+from regraft.checkpoint.weights import DELTA_RECORD
 from regraft.errors import UserError
 from regraft.version import __version__
 
-FILE_NAME = "delta.json"
 FILES = "files"  # the folder of what stands beside the weights of the fine-tune, where it is not the base's
 FORMAT = 1
 Kind = Literal["dense", "sparse", "bits"]
 KINDS: tuple[Kind, ...] = ("dense", "sparse", "bits")
 # "base": the base's tensor unchanged, nothing is stored; "whole": the fine-tune's tensor, whatever the scale.
 Encoding = Literal["base", "whole", "dense", "sparse", "bits"]
+
+_CONTENT: dict[tuple[Path, str], str] = {}  # (folder, cheap digest) -> digest of the content, read once per process
 
 
 def _known(name: str) -> str:
@@ -56,7 +58,7 @@ class Parent(_Record):
     def of(cls, checkpoint: Checkpoint) -> Parent:
         """The record of an opened model; reads all of it."""
         name = "+".join([short_name(checkpoint), *(Path(adapter).name for adapter in checkpoint.adapters)])
-        digest = checkpoint.full_digest()
+        digest = content_digest(checkpoint)
         return cls(name=name, repo_id=checkpoint.repo_id, revision=checkpoint.revision, digest=digest)
 
 
@@ -104,7 +106,7 @@ class Delta(_Record):
     def write(self, folder: Path) -> None:
         """Write delta.json into a folder."""
         text = json.dumps(json.loads(self.model_dump_json()), indent=2, ensure_ascii=False)
-        (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+        (folder / DELTA_RECORD).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Delta:
@@ -114,7 +116,7 @@ class Delta(_Record):
             UserError: RG104 for a link out of the folder; RG105 if there is none, or it is malformed or of another
                 version.
         """
-        path = inside(folder, FILE_NAME, where=folder)
+        path = inside(folder, DELTA_RECORD, where=folder)
         data = read_json(path)
         if data.get("format") != FORMAT:
             what = (
@@ -132,6 +134,14 @@ class Delta(_Record):
         encodings = [one.encoding for one in self.tensors.values()]
         counts = {name: encodings.count(name) for name in dict.fromkeys(encodings)}
         return self.model_dump(mode="json", exclude={"tensors"}) | {"encodings": counts}
+
+
+def content_digest(checkpoint: Checkpoint) -> str:
+    """`full_digest`, which reads everything, once per process for files that stay as they are."""
+    key = (checkpoint.path, checkpoint.digest())
+    if key not in _CONTENT:
+        _CONTENT[key] = checkpoint.full_digest()
+    return _CONTENT[key]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
