@@ -13,6 +13,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import models
+from farm_tools import write_tokenizer
 from regraft.adapters.extract import Wanted
 from regraft.adapters.factors import Truncation
 from regraft.adapters.publish import Made, extract_lora
@@ -197,3 +198,47 @@ def test_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
     extract(tmp_path, Wanted(Truncation(rank=32)))
     adapted = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "out").eval()
     torch.testing.assert_close(outputs(adapted), outputs(load(tmp_path / "tuned")), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_words_that_the_fine_tune_added(tmp_path: Path, tied: bool) -> None:
+    """The resized embedding and head are saved whole, the tokenizer beside them; PEFT loads both on a resized base."""
+    models.save_model(tmp_path / "base", "llama", tie_word_embeddings=tied)
+    write_tokenizer(tmp_path / "base")
+    low_rank(tmp_path, 2, "proj")
+    tuned = load(tmp_path / "tuned")
+    tuned.resize_token_embeddings(models.VOCAB + 2)
+    tuned.save_pretrained(tmp_path / "tuned")
+    write_tokenizer(tmp_path / "tuned", added=("<|im_start|>", "<|im_end|>"))
+    made = extract(tmp_path, Wanted(Truncation(rank=2), save=["all"]))
+    assert made.error < 1e-5
+    assert {c.name for c in made.changes if c.kind == "saved"} >= {"model.embed_tokens.weight"}
+    assert made.lineage.sources == {"tokenizer": "model"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "model.resize_token_embeddings(98)\nmodel = PeftModel" in card
+    base = load(tmp_path / "base")
+    base.resize_token_embeddings(98)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    torch.testing.assert_close(outputs(adapted), outputs(tuned.eval()), rtol=1e-4, atol=1e-5)
+    words, own = (hf.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("out", "tuned"))
+    assert words("w1 <|im_end|>")["input_ids"] == own("w1 <|im_end|>")["input_ids"]
+    applied = open_checkpoint(f"{tmp_path}/base+{tmp_path}/out")
+    for name, value in load_file(tmp_path / "tuned" / "model.safetensors").items():
+        torch.testing.assert_close(applied.source(name).read(), value.flatten(), rtol=1e-5, atol=1e-6)
+    left = extract(tmp_path, Wanted(Truncation(rank=2), exclude=["embed"] + ["lm_head"] * (not tied)), force=True)
+    assert left.lineage.sources == {"tokenizer": "base"}
+    assert "the rows of the fine-tune's new tokens are left out" in left.lineage.warnings[0]
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_chat_template_goes_beside_the_adapter(tmp_path: Path) -> None:
+    models.save_model(tmp_path / "base", "llama")
+    low_rank(tmp_path, 1, "proj")
+    for name in ("base", "tuned"):
+        write_tokenizer(tmp_path / name)
+    assert extract(tmp_path, Wanted()).lineage.sources == {"tokenizer": "base"}
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    (tmp_path / "tuned" / "chat_template.jinja").write_text("{{ messages }}")
+    assert extract(tmp_path, Wanted(), force=True).lineage.sources == {"tokenizer": "model"}
+    assert hf.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages }}"
+    assert "tokenizer = AutoTokenizer" in (tmp_path / "out" / "README.md").read_text()

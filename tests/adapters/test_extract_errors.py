@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import models
@@ -23,7 +25,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.save_model(folder / "base", "llama")
     models.save_fine_tune(folder / "tuned", folder / "base", seed=1)
     models.save_model(folder / "stranger", "llama", seed=7)
-    models.save_model(folder / "wide", "llama", vocab_size=100)
     models.save_model(folder / "gpt2", "gpt2")
     models.save_model(folder / "theta", "llama", rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
     return folder
@@ -68,7 +69,6 @@ def test_a_parameter_of_no_module_of_its_own(refused: Callable[..., str], tmp_pa
 
 def test_another_base(refused: Callable[..., str]) -> None:
     assert "as far as an unrelated model" in refused("RG205", base="stranger")
-    assert "has shape [96, 32] in the model and [100, 32] in the base" in refused("RG201", base="wide")
     assert "the model is of type llama and the base of type gpt2" in refused("RG203", base="gpt2")
     said = refused("RG207", base="theta")
     assert "rope" in said
@@ -128,6 +128,23 @@ def test_tensors_that_are_missing_or_have_no_place(refused: Callable[..., str], 
     assert refused("RG309", model=extra).startswith("model.gate has no place")
     short = changed(family, tmp_path / "short", lambda t: t.update({name: torch.ones(2, 2)}))
     assert "and config.json makes it [64, 32]" in refused("RG105", model=short)
+    said = refused("RG201", base=short)
+    assert said.startswith(f"{name} has shape [64, 32] in the model and [2, 2] in the base")
+
+
+def add_words(folder: Path, count: int) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(models.VOCAB + count)
+    model.save_pretrained(folder)
+
+
+def test_a_vocabulary_that_grew(refused: Callable[..., str], family: Path, tmp_path: Path) -> None:
+    grown = shutil.copytree(family / "tuned", tmp_path / "grown")
+    add_words(grown, 2)
+    said = refused("RG309", model=grown, exclude=["norm"], embeddings=True)
+    assert said.startswith("model.embed_tokens.weight has 98 rows in the model and 96 in the base")
+    assert "--save-modules all" in said
+    assert "--embeddings" not in said
 
 
 def test_classes_that_transformers_does_not_have(refused: Callable[..., str], family: Path, tmp_path: Path) -> None:

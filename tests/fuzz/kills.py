@@ -1,8 +1,9 @@
-"""Kills merges at random moments and checks what is left: `python tests/fuzz/kills.py --kills 200`.
+"""Kills commands at random moments and checks what is left: `python tests/fuzz/kills.py --kills 200`.
 
-Each case makes a small model by `regraft merge`, kills it one to three times, and lets the same command end. After each
-kill the output must be absent, the whole old model or the whole new one; at the end every file must be that of a run
-that was never killed, except for the date, time and memory that a run measures, and nothing may be left beside it.
+Each case makes a small model, delta or adapter by `regraft merge`, `delta extract`, `delta apply` or `extract-lora`,
+kills it one to three times, and lets the same command end. After each kill the output must be absent, the whole old one
+or the whole new one; at the end every file must be that of a run that was never killed, except for the date, time and
+memory that a run measures, and nothing may be left beside it.
 
 Half of the kills come after a random time, half before, after or within a random call that changes the disk, so that
 short phases (staging, publishing, swapping with an old model) are hit as often as long ones. Runs are forks of one
@@ -24,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,14 @@ RULES = {
     "ties-tensor": "merge: ties, base: base, models: [a, b], density: 0.3, trim_scope: tensor",
     "linear": "merge: linear, models: {a: {weight: 0.7}, b: {weight: 0.3}}",
     "dare": "merge: dare_ties, base: base, models: [a, b], density: 0.5, seed: 7",
+}
+# Other commands than merges; `apply` works on what `dense` makes, so that it stands after it.
+COMMANDS = {
+    "dense": "delta extract {folder}/a {out} --base {folder}/base",
+    "sparse": "delta extract {folder}/a {out} --base {folder}/base --kind sparse",
+    "bits": "delta extract {folder}/a {out} --base {folder}/base --kind bits",
+    "apply": "delta apply {folder}/whole-dense {out} --base {folder}/base --scale 0.5",
+    "lora": "extract-lora {folder}/a {out} --base {folder}/base --rank 8 --save-modules all --embeddings",
 }
 SWITCHES = ("--shard-size", "300KB", "--workers", "2", "--chunk", "16384")
 MEASURED = ("started", "finished", "wall_seconds", "peak_memory_bytes")
@@ -144,7 +153,8 @@ def watch_calls(kill: Kill, tally: Path | None) -> Callable[[], None]:
 class Bench:
     """A folder with models, recipes and the outputs of runs that were not killed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cases: Sequence[str]) -> None:
+        self.cases = cases
         self.folder, self.out, self.log = folder, folder / "work" / "out", folder / "log"
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, dict[str, int]] = {}
@@ -154,7 +164,7 @@ class Bench:
             text = f"models: {{base: ./base, a: ./a, b: ./b}}\nsteps:\n  x: {{{body}}}\n"
             (folder / f"{rule}.yaml").write_text(text)
         self.warm()
-        for rule in RULES:
+        for rule in cases:
             self.fresh()
             self.reference(rule, Kill())
             shutil.copytree(self.out, folder / f"whole-{rule}")
@@ -167,8 +177,10 @@ class Bench:
         from regraft.recipe.run import merge
         from regraft.recipe.settings import Settings
 
-        for rule in RULES:
+        for rule in set(RULES) & set(self.cases):
             merge(load_recipe(self.folder / f"{rule}.yaml"), self.folder / "warm", Settings(force=True, workers=2))
+        if set(COMMANDS) & set(self.cases):
+            warm_commands(self.folder)
         threads = threading.active_count()
         if threads > 1:
             raise RuntimeError(f"{threads} threads are running, and a fork would have one of them")
@@ -195,8 +207,10 @@ class Bench:
             with self.log.open("w") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-            recipe = str(self.folder / f"{rule}.yaml")
-            sys.argv = ["regraft", "merge", recipe, str(self.out), *SWITCHES, *(["--force"] if force else [])]
+            words = ["merge", f"{self.folder}/{rule}.yaml", str(self.out), *SWITCHES]
+            if rule in COMMANDS:
+                words = COMMANDS[rule].format(folder=self.folder, out=self.out).split()
+            sys.argv = ["regraft", *words, *(["--force"] if force else [])]
             tell = watch_calls(kill, tally)
             try:
                 main()
@@ -233,6 +247,20 @@ def content(path: Path) -> Any:
     return path.read_bytes()
 
 
+def warm_commands(folder: Path) -> None:
+    """As `Bench.warm`, for what merges do not import."""
+    from regraft.adapters.extract import Wanted
+    from regraft.adapters.publish import extract_lora
+    from regraft.checkpoint import open_checkpoint
+    from regraft.deltas.apply import apply, open_delta
+    from regraft.deltas.extract import extract
+
+    base, model = (open_checkpoint(str(folder / name)) for name in ("base", "a"))
+    extract(model, base, folder / "warm-delta", "sparse")
+    apply(open_delta(folder / "warm-delta"), base, folder / "warm", force=True)
+    extract_lora(model, base, folder / "warm", Wanted(save=["all"], embeddings=True), force=True)
+
+
 def make_models(folder: Path) -> None:
     """A base of some megabytes and two fine-tunes of it."""
     from models import save_fine_tune, save_model
@@ -246,7 +274,8 @@ def make_models(folder: Path) -> None:
 def chosen_kill(rng: random.Random, seconds: float, calls: Mapping[str, int]) -> Kill:
     if rng.random() < 0.5:
         return Kill(seconds=rng.uniform(0, 1.05) * seconds)
-    name = rng.choice([*sorted(calls), *(w for w in WRITES for _ in range(3))])  # between writes there is most to lose
+    writes = [name for name in WRITES if name in calls]  # between writes there is most to lose
+    name = rng.choice([*sorted(calls), *(name for name in writes for _ in range(3))])
     sides = ["before", "after", *(["within"] if name in WRITES else [])]
     return Kill(name=name, count=rng.randint(1, calls[name]), side=rng.choice(sides))
 
@@ -256,8 +285,8 @@ def kill_often(bench: Bench, kills: int, seed: int, say: Callable[[str], None] =
     rng = random.Random(seed)
     summary = Summary()
     while summary.kills < kills:
-        rule = rng.choice(list(RULES))
-        old = rng.choice([r for r in RULES if r != rule]) if rng.random() < 0.4 else ""
+        rule = rng.choice(bench.cases)
+        old = rng.choice([r for r in bench.cases if r != rule]) if rng.random() < 0.4 else ""
         bench.fresh(old)
         story = [f"{rule}{f' over {old}' if old else ''}"]
         for _ in range(rng.randint(1, 3)):
@@ -303,9 +332,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", default=",".join([*RULES, *COMMANDS]))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="regraft-kills-") as name, prepared(Path(name)):
-        summary = kill_often(Bench(Path(name)), given.kills, given.seed)
+        summary = kill_often(Bench(Path(name), given.cases.split(",")), given.kills, given.seed)
     for fault in summary.faults:
         print(f"fault: {fault}")
     print(summary)

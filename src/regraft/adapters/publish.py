@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from regraft.checkpoint.licences import combine
 from regraft.checkpoint.lineage import InputRecord, Lineage, Output
 from regraft.checkpoint.output import remove
 from regraft.checkpoint.sidecars import copy_licences, copy_tokenizer
-from regraft.checkpoint.surroundings import surroundings
+from regraft.checkpoint.surroundings import done_before, run_key, surroundings
 from regraft.checkpoint.writer import size_on_disk
 from regraft.errors import UserError
 from regraft.methods import Method
@@ -71,6 +71,8 @@ def extract_lora(
 ) -> Made:
     """Write the difference between a fine-tune and its base as a LoRA adapter.
 
+    The same call goes on with what an unfinished one has decomposed, and does nothing after a finished one.
+
     Args:
         model, base: opened by `open_checkpoint`; they are read tensor by tensor.
         out: the folder to make.
@@ -81,21 +83,23 @@ def extract_lora(
 
     Raises:
         UserError: before work starts what `Extraction` and `OutputFolder` raise, and RG404; RG206 during it.
-
-    The same call goes on with what an unfinished one has decomposed.
     """
     wanted = wanted or Wanted()
+    key = run_key({"settings": _settings(wanted), "digests": [base.digest(), model.digest()]})
+    if not force and (done := done_before(out, key)) is not None:
+        return Made(Path(out), [_change(one) for one in done.diagnostics["tensors"]], done)
     extraction = Extraction(model, base, wanted, force=force)
     parents = [base, model]
     check_licences(parents, accept_licenses)
     lineage = Lineage(
         kind="extract-lora",
         method="extract-lora",
+        key=key,
         inputs=[InputRecord.sampled(one, role, role) for one, role in ((base, "base"), (model, "model"))],
         settings=_settings(wanted),
     )
     remarks = check_bases(parents, force=force)
-    depends_on = {"settings": lineage.settings, "digests": [one.digest() for one in parents], **surroundings(parents)}
+    depends_on = {"key": key, **surroundings(parents)}
     with JobFolder(out, extraction.parts, depends_on, force=force) as folder:
         adapter, changes = extraction.run(on_progress, folder)
         sentence = f"What distinguishes a fine-tune from its base, as a LoRA adapter of rank {_ranks(adapter)}."
@@ -109,6 +113,11 @@ def extract_lora(
         write(folder.staging, adapter, parents, lineage, changes, facts, name=folder.out.name, tokenizer=tokenizer)
         folder.publish()
     return Made(folder.out, changes, lineage)
+
+
+def _change(told: Mapping[str, Any]) -> Change:
+    """What `Change.to_dict` told."""
+    return Change(**{name: value for name, value in told.items() if name != "energy"})
 
 
 def check_licences(parents: Sequence[Checkpoint], accepted: bool) -> None:

@@ -8,17 +8,44 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from regraft.checkpoint.lineage import Software
+from regraft.checkpoint.lineage import FILE_NAME, Lineage, Software
 from regraft.checkpoint.model import Checkpoint
-from regraft.errors import UserError
+from regraft.checkpoint.output import clear_leftovers
+from regraft.errors import UserError, UserWarningMessage
 
 # What compiles and runs the arithmetic, beside what the lineage names.
 _KERNELS = ("numpy", "numba")
+
+
+def run_key(facts: Mapping[str, Any]) -> str:
+    """A content key from JSON-able facts: equal keys mean equal results."""
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def done_before(out: Path, key: str) -> Lineage | None:
+    """The lineage of an output that a run of this key has made, said to be up to date; None if it is not there."""
+    if not (out / FILE_NAME).is_file():
+        return None
+    try:
+        lineage = Lineage.read(out)
+    except UserError:
+        return None  # whatever it is, it is not ours
+    if not key or lineage.key != key:
+        return None
+    settle_up_to_date(out)
+    return lineage
+
+
+def settle_up_to_date(out: Path) -> None:
+    """Remove what runs that died have left beside an output that is as wanted, and say that there is nothing to do."""
+    clear_leftovers(out)
+    warnings.warn(f"{out} is up to date", UserWarningMessage, stacklevel=2)
 
 
 def surroundings(checkpoints: Iterable[Checkpoint]) -> dict[str, Any]:

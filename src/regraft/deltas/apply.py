@@ -17,7 +17,7 @@ from regraft.checkpoint.delta_tensor import DeltaTensor, arithmetic, slices
 from regraft.checkpoint.licences import short_name
 from regraft.checkpoint.lineage import InputRecord, Lineage, Output
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
-from regraft.checkpoint.surroundings import surroundings
+from regraft.checkpoint.surroundings import done_before, run_key, surroundings
 from regraft.checkpoint.writer import size_on_disk
 from regraft.deltas.card import write_model_card
 from regraft.deltas.work import Work, check_output, each
@@ -37,7 +37,7 @@ def apply(
 ) -> Lineage:
     """Write base + scale x delta into the folder `out`.
 
-    The same call goes on with the tensors that an unfinished one has written.
+    The same call goes on with the tensors that an unfinished one has written, and does nothing after a finished one.
 
     Args:
         scale: what the differences are multiplied by; tensors that are stored whole are not.
@@ -49,6 +49,9 @@ def apply(
             delta, RG206 for sums that are not finite, RG401 to RG405 for the output.
     """
     model = delta.on(base, str(delta.path), scale=scale, force=force)
+    key = run_key({"scale": scale, "digest": model.digest()})
+    if not force and (done := done_before(out, key)) is not None:
+        return done
     check_output(out, [model], force=force)
     record = delta.record
     remarks = check_bases([model], force=force)
@@ -57,8 +60,8 @@ def apply(
     parent = InputRecord.of(base, short_name(base), role="base", digest=content_digest(base), digest_kind="content")
     settings: dict[str, Any] = {"scale": scale, "kind": record.kind, "model": record.model.model_dump(mode="json")}
     settings["delta"] = delta.digest
-    lineage = Lineage(kind="delta", method="delta", inputs=[parent], settings=settings, warnings=remarks)
-    depends_on = {"scale": scale, "digest": model.digest(), **surroundings([model])}
+    lineage = Lineage(kind="delta", method="delta", key=key, inputs=[parent], settings=settings, warnings=remarks)
+    depends_on = {"key": key, **surroundings([model])}
     with ModelWriter(out, specs, force=force, depends_on=depends_on) as writer:
         if writer.finished:
             told = f"{len(writer.finished)} of {len(specs)} tensors are there from a run that did not end"

@@ -17,8 +17,17 @@ import torch
 from torch import Tensor
 
 from regraft.checkpoint import Checkpoint, ModelWriter, TensorSource, numel, read_json
-from regraft.checkpoint.delta import check_bases
-from regraft.checkpoint.delta_record import FILES, Delta, Kind, Parent, TensorRecord, dtype_name, main_dtype
+from regraft.checkpoint.delta import check_bases, open_delta
+from regraft.checkpoint.delta_record import (
+    FILES,
+    Delta,
+    Kind,
+    Parent,
+    TensorRecord,
+    content_digest,
+    dtype_name,
+    main_dtype,
+)
 from regraft.checkpoint.delta_sketch import sketch, sketched
 from regraft.checkpoint.delta_sketch import spec as sketch_spec
 from regraft.checkpoint.delta_tensor import added, arithmetic, slices
@@ -26,7 +35,8 @@ from regraft.checkpoint.job_folder import JobFolder
 from regraft.checkpoint.licences import combine
 from regraft.checkpoint.output import remove
 from regraft.checkpoint.sidecars import changed_config, copy_licences, copy_sidecars
-from regraft.checkpoint.surroundings import surroundings
+from regraft.checkpoint.surroundings import settle_up_to_date, surroundings
+from regraft.checkpoint.weights import is_delta
 from regraft.deltas.card import write_delta_card
 from regraft.deltas.encoding import Bits, Dense, Encoder, SparseDelta, Whole, largest, rounded, same_bits
 from regraft.deltas.pairs import Pair, pairs
@@ -49,7 +59,7 @@ def extract(
 ) -> Delta:
     """Write the difference between a fine-tune and its base into the folder `out`.
 
-    The same call goes on with what an unfinished one has surveyed and stored.
+    The same call goes on with what an unfinished one has surveyed and stored, and does nothing after a finished one.
 
     Args:
         kind: "dense" gives the fine-tune back bit for bit; "sparse" and "bits" approximate it.
@@ -66,6 +76,8 @@ def extract(
     density = DENSITY if density is None else density
     if not 0 < density <= 1:
         raise UserError("RG303", f"the density is {density} and must be above 0 and at most 1", fix="try 0.1")
+    if not force and (done := _done_before(out, model, base, kind, density)) is not None:
+        return done
     check_output(out, [model, base], force=force)
     matched, removed = pairs(base, model, force=force)
     check_bases([model, base], force=force)
@@ -99,6 +111,22 @@ def extract(
         write_delta_card(job.staging, delta, name=job.out.name)
         job.publish()
     return delta
+
+
+def _done_before(out: Path, model: Checkpoint, base: Checkpoint, kind: Kind, density: float) -> Delta | None:
+    """The delta at `out` if it is the one that is asked for; both models are read if it looks like it."""
+    if not is_delta(out):
+        return None
+    try:
+        made = open_delta(out).record
+    except UserError:
+        return None  # whatever it is, it is not ours
+    if (made.kind, made.density) != (kind, density if kind == "sparse" else None):
+        return None
+    if (made.base.digest, made.model.digest) != (content_digest(base), content_digest(model)):
+        return None
+    settle_up_to_date(out)
+    return made
 
 
 def _survey(pair: Pair, kind: Kind, density: float, job: JobFolder, work: Work) -> dict[str, Any]:
