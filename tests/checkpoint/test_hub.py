@@ -198,6 +198,30 @@ def test_opens_models_and_adapters(hub: FakeHub, tmp_path: Path) -> None:
     assert checkpoint.model_type == "llama"
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_opens_deltas(offline: bool, hub: FakeHub, tmp_path: Path) -> None:
+    from regraft.deltas.extract import extract
+
+    base = models.save_model(tmp_path / "base", "llama")
+    tuned = models.save_fine_tune(tmp_path / "tuned", base, 1)
+    (tuned / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja"):
+        (tuned / name).write_text("{{ messages }}")
+    extract(open_checkpoint(str(tuned)), open_checkpoint(str(base)), tmp_path / "delta")
+    for name in ("base", "delta"):
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        hub.add(f"org/{name}", {path.relative_to(tmp_path / name).as_posix(): path.read_bytes() for path in files})
+    checkpoint = open_checkpoint("org/base+org/delta")
+    if offline:
+        checkpoint = open_checkpoint("org/base+org/delta", offline=True)
+    assert checkpoint.full_digest() == open_checkpoint(str(tuned)).full_digest()
+    assert {"chat_template.jinja", "additional_chat_templates/tools.jinja"} <= set(checkpoint.files)
+    for reference in ("org/delta", "org/base+org/tuned"):
+        with pytest.raises(UserError) as caught:
+            open_checkpoint(reference, offline=offline)
+        assert caught.value.code in ("RG113", "RG501", "RG502")
+
+
 # --- offline ---------------------------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,20 @@ def test_another_base_is_an_error_and_a_note_with_force(cli: Any, family: Path, 
     assert "note: this is not the base" in forced.stderr
 
 
+def test_inspect_takes_deltas(cli: Any, family: Path, tmp_path: Path) -> None:
+    cli("delta", "extract", family / "a", tmp_path / "delta", "--base", family / "base")
+    alone = cli("inspect", tmp_path / "delta")
+    assert alone.exit_code == 0, alone.stderr
+    assert "delta, of which regraft delta show tells more" in alone.stdout
+    assert "base (delta, digest " in alone.stdout
+    applied = cli("inspect", f"{family}/base+{tmp_path}/delta", "--base", family / "base", "--json")
+    assert applied.exit_code == 0, applied.stderr
+    whole = json.loads(cli("inspect", family / "a", "--base", family / "base", "--json").stdout)
+    assert json.loads(applied.stdout)["deltas"]["total"] == whole["deltas"]["total"]
+    wrong = cli("inspect", f"{family}/b+{tmp_path}/delta")
+    assert (wrong.exit_code, wrong.stderr.split(":")[0]) == (2, "RG211")
+
+
 def test_a_kind_that_is_not_there_is_wrong_usage(cli: Any) -> None:
     assert cli("delta", "extract", "a", "b", "--base", "c", "--kind", "zip").exit_code == 2
 

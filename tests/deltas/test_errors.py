@@ -56,6 +56,13 @@ def test_other_names_are_refused(llama: Path, tmp_path: Path) -> None:
     assert "same class" in refused("RG202", bare, llama / "tuned", tmp_path / "out")
 
 
+def test_models_without_a_tensor_in_common_are_refused(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        save_file({f"{name}.weight": torch.ones(3)}, tmp_path / name / "model.safetensors")
+    assert "a and b have no tensor in common" in refused("RG202", tmp_path / "a", tmp_path / "b", tmp_path / "out")
+
+
 def test_a_stranger_is_refused_unless_forced(llama: Path, tmp_path: Path, there_and_back: Any) -> None:
     refused("RG205", llama / "base", llama / "stranger", tmp_path / "out")
     back = there_and_back(llama / "base", llama / "stranger", force=True)
@@ -70,20 +77,26 @@ def test_values_that_are_not_finite_are_refused(name: str, value: float, llama: 
     tensors = load_file(broken / "model.safetensors")
     tensors.setdefault(name, torch.zeros(4))[3] = value
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    assert name in refused("RG206", llama / "base", broken, tmp_path / "out")
+    said = refused("RG206", llama / "base", broken, tmp_path / "out")
+    assert said.startswith(f"{name} holds values that are NaN or infinite (the model): repair that model")
+    if name == "model.norm.weight":
+        assert "(the base)" in refused("RG206", broken, llama / "tuned", tmp_path / "out")
 
 
 def test_a_model_has_no_delta_to_itself(llama: Path, tmp_path: Path) -> None:
-    refused("RG212", llama / "base", llama / "base", tmp_path / "out")
+    said = refused("RG212", llama / "base", llama / "base", tmp_path / "out")
+    assert said.startswith("the model and the base have the same weights")
 
 
 @pytest.mark.parametrize("density", [0.0, 1.5, float("nan")])
 def test_a_density_is_a_share(density: float, llama: Path, tmp_path: Path) -> None:
-    refused("RG303", llama / "base", llama / "tuned", tmp_path / "out", kind="sparse", density=density)
+    said = refused("RG303", llama / "base", llama / "tuned", tmp_path / "out", kind="sparse", density=density)
+    assert said.startswith(f"the density is {density} and must be above 0")
 
 
 def test_a_density_is_for_sparse_deltas(llama: Path, tmp_path: Path) -> None:
-    refused("RG303", llama / "base", llama / "tuned", tmp_path / "out", kind="bits", density=0.1)
+    said = refused("RG303", llama / "base", llama / "tuned", tmp_path / "out", kind="bits", density=0.1)
+    assert said.startswith("a bits delta has no density")
 
 
 def test_another_base_is_refused_and_with_force_measured(made: Path, llama: Path, tmp_path: Path) -> None:
@@ -110,6 +123,31 @@ def test_a_base_that_does_not_fit_is_refused_even_with_force(
     with pytest.raises(UserError) as caught:
         apply(open_delta(made), base, tmp_path / "out", force=True)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_base_of_another_dtype_is_refused_even_with_force(
+    dtype: torch.dtype, made: Path, llama: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(llama / "base", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"model.norm.weight is {dtype} in the base and torch.float32 in the") as caught:
+        apply(open_delta(made), open_checkpoint(str(base)), tmp_path / "out", force=True)
+    assert caught.value.code == "RG211"
+
+
+def test_a_base_that_differs_where_no_sample_is_is_refused(made: Path, llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(llama / "base", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    origin = open_checkpoint(str(base))
+    with pytest.raises(UserError, match="although all values sampled are equal") as caught:
+        apply(open_delta(made), origin, tmp_path / "out")
+    assert caught.value.code == "RG211"
+    assert "although" in apply(open_delta(made), origin, tmp_path / "out", force=True).warnings[0]
 
 
 def test_a_scale_that_leaves_the_dtype_is_refused(made: Path, llama: Path, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from farm_tools import write_tokenizer
 from models import save_fine_tune, save_model
+from regraft.checkpoint import open_checkpoint
 from regraft.cli.main import app
+from regraft.deltas.extract import extract
 from regraft.merge.rule import Rule
 from regraft.methods import Options
 from regraft.recipe import EvaluateStep, load_recipe
@@ -78,6 +80,8 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 write_tokenizer(folder)
     grown = shutil.copytree(root / "shallow", root / "words")
     add_tokens(grown / "org" / "instruct", ("<|im_start|>", "<|im_end|>"))
+    base, chat = (open_checkpoint(str(root / "shallow" / "org" / name)) for name in ("base", "instruct"))
+    extract(chat, base, root / "shallow" / "chat-delta")
     for seed, name in enumerate(("maths-lora", "code-lora")):
         save_adapter(root / "shallow" / name, root / "shallow" / "org" / "base", seed)
     words = [f"w{i}" for i in range(40)]

@@ -35,7 +35,7 @@ class OpenDelta:
         record: what delta.json says.
         parts: what is stored, by part and tensor.
         digest: SHA-256 of delta.json.
-        stamps: a text per file, as those of checkpoints.
+        stamps: a text per file, as those of checkpoints; that of delta.json has the digest instead of the time.
     """
 
     path: Path
@@ -82,7 +82,7 @@ class OpenDelta:
             folders=(*base.folders, self.path),
             deltas=(*base.deltas, AppliedDelta(ref, self.digest, base, record.base.digest, remark)),
             remarks=(*base.remarks, *([remark] if remark else [])),
-            stamps=(*base.stamps, f"+{DELTA_RECORD} {self.digest}", *self.stamps),
+            stamps=(*base.stamps, *self.stamps),
         )
 
     def _source(self, base: Checkpoint, name: str, record: TensorRecord, scale: float) -> TensorSource:
@@ -122,12 +122,13 @@ def open_delta(path: Path) -> OpenDelta:
         raise UserError("RG101", "there is no such folder", where=str(path), fix="name a folder that holds a delta")
     record = Delta.read(path)
     weights = folder_weights(path)
-    digest = hashlib.sha256((path / DELTA_RECORD).read_bytes()).hexdigest()
+    content = (path / DELTA_RECORD).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
     beside = path / FILES
     files = [*weights.files, *(sorted(beside.rglob("*")) if beside.is_dir() else [])]
     states = [(file.relative_to(path).as_posix(), file.stat()) for file in files if file.is_file()]
-    stamps = tuple(f"+{name} {state.st_size} {state.st_mtime_ns}" for name, state in states)
-    return OpenDelta(path, record, weights.tensors, digest, stamps)
+    stamps = [f"+{name} {state.st_size} {state.st_mtime_ns}" for name, state in states]
+    return OpenDelta(path, record, weights.tensors, digest, (f"+{DELTA_RECORD} {len(content)} {digest}", *stamps))
 
 
 def check_bases(checkpoints: Iterable[Checkpoint], *, force: bool = False) -> list[str]:

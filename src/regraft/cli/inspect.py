@@ -15,7 +15,7 @@ from regraft.cli.terminal import Terminal
 
 Models = Annotated[
     list[str],
-    typer.Argument(metavar="MODEL", help="A folder, a file, or a Hub id; @revision and +adapter may follow."),
+    typer.Argument(metavar="MODEL", help="A folder, a file, or a Hub id; @revision, +adapter and +delta may follow."),
 ]
 Base = Annotated[
     str | None,

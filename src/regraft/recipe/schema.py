@@ -68,7 +68,7 @@ def _own() -> dict[str, Any]:
         "models": {
             "type": "object",
             "additionalProperties": _TEXT,
-            "description": "names, and the path or Hub id (with @revision and +adapter) that each stands for",
+            "description": "names, and the path or Hub id (with @revision, +adapter and +delta) that each stands for",
         },
         "steps": {
             "type": "object",
