@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from regraft.adapters.factors import Factors, Truncation, decompose, residual, rounding_noise, square
+from regraft.adapters.change import LEFT_OUT, SAVED, Change, measured
+from regraft.adapters.factors import Factors, Truncation, decompose, rounding_noise, square
 from regraft.adapters.folder import Adapter, named_modules
 from regraft.adapters.skeleton import EMBEDDING, Parameter, Skeleton
 from regraft.checkpoint import Checkpoint, TensorSource, numel
@@ -26,11 +27,11 @@ from regraft.checkpoint.adapter_model import configs
 from regraft.checkpoint.distance import check_base
 from regraft.checkpoint.job_folder import JobFolder
 from regraft.checkpoint.sidecars import same_tokenizer
+from regraft.checkpoint.tensor import main_dtype
 from regraft.errors import UserError, nearest
 from regraft.inspect.config_keys import config_differences
 from regraft.inspect.obstacles import LABEL_KEYS
 
-LOW_RANK, SAVED, LEFT_OUT = "low rank", "saved", "left out"
 ALL, BIASES = "all", "bias"
 FACTORS = "factors"  # a folder in the staging folder, for factors of an extraction that goes on
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -59,34 +60,6 @@ class Wanted:
     dtype: torch.dtype | None = None
 
 
-@dataclass(frozen=True)
-class Change:
-    """What became of the change of a tensor.
-
-    Attributes:
-        name: of the parameter in the loaded model.
-        kind: "low rank", "saved" or "left out".
-        rank: of its factors, None if it has none.
-        norm: ‖delta‖.
-        error: ‖delta - B A‖ / ‖delta‖.
-    """
-
-    name: str
-    kind: str
-    rank: int | None
-    norm: float
-    error: float
-
-    @property
-    def energy(self) -> float:
-        """The share of ‖delta‖² that is kept."""
-        return 1 - self.error**2
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able, with the energy."""
-        return asdict(self) | {"energy": self.energy}
-
-
 def factor_dtype(name: str | None) -> torch.dtype | None:
     """The dtype of this name.
 
@@ -98,13 +71,6 @@ def factor_dtype(name: str | None) -> torch.dtype | None:
     if name not in _DTYPES:
         raise UserError("RG303", f"{name!r} is no dtype for factors", fix=nearest(name, _DTYPES))
     return _DTYPES[name]
-
-
-def total_error(changes: Collection[Change]) -> float:
-    """The relative error of all changes together; 0 if nothing changed."""
-    lost = math.fsum((change.norm * change.error) ** 2 for change in changes)
-    all_of_it = math.fsum(change.norm**2 for change in changes)
-    return math.sqrt(lost / all_of_it) if all_of_it else 0.0
 
 
 class Extraction:
@@ -146,7 +112,7 @@ class Extraction:
         self._factored: list[Parameter] = []
         self._left: list[Parameter] = []
         self._sort()
-        self.dtype = wanted.dtype or _main_dtype(model)
+        self.dtype = wanted.dtype or main_dtype((one.dtype, numel(one)) for one in model.tensors.values())
 
     @property
     def elements(self) -> int:
@@ -383,12 +349,6 @@ class Extraction:
         return Factors(tensors["up"], tensors["down"]), Change(**facts)
 
 
-def measured(name: str, matrix: Tensor, stored: Factors) -> Change:
-    """What factors make of a change."""
-    norm = math.sqrt(square(matrix))
-    return Change(name, LOW_RANK, stored.rank, norm, math.sqrt(residual(matrix, stored)) / norm)
-
-
 def _check_configurations(model: Checkpoint, base: Checkpoint, force: bool) -> None:
     fix = "name the base that it was fine-tuned from"
     if base.adapters:
@@ -424,12 +384,3 @@ def _compiled(patterns: Sequence[str], skeleton: Skeleton) -> list[re.Pattern[st
             raise UserError("RG308", f"{text!r} selects no tensor of the model", fix=fix)
         found.append(pattern)
     return found
-
-
-def _main_dtype(model: Checkpoint) -> torch.dtype:
-    """The dtype of most of the weights."""
-    sizes: dict[torch.dtype, int] = {}
-    for source in model.tensors.values():
-        if source.dtype.is_floating_point:
-            sizes[source.dtype] = sizes.get(source.dtype, 0) + numel(source)
-    return max(sizes, key=lambda dtype: sizes[dtype])

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regraft.adapters.extract import ALL, LOW_RANK, Change, Extraction, Wanted
+from regraft.adapters.change import LOW_RANK, Change
+from regraft.adapters.extract import ALL, Extraction, Wanted
 from regraft.adapters.factors import Factors, Truncation, added, recompress, size
 from regraft.adapters.folder import Adapter
 from regraft.adapters.skeleton import EMBEDDING, TRANSPOSED, Parameter

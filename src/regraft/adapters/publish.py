@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft.adapters.extract import FACTORS, Change, Extraction, Wanted, total_error
+from regraft.adapters.change import Change, total_error
+from regraft.adapters.extract import FACTORS, Extraction, Wanted
 from regraft.adapters.folder import Adapter
 from regraft.checkpoint import Checkpoint
 from regraft.checkpoint.card import AdapterFacts, write_card

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.checkpoint.delta_record import FILES, Delta, TensorRecord, content_digest, main_dtype
+from regraft.checkpoint.delta_record import FILES, Delta, TensorRecord, content_digest
 from regraft.checkpoint.delta_sketch import distance_to_own, is_own
 from regraft.checkpoint.delta_tensor import DeltaTensor, Parts, whole
 from regraft.checkpoint.lora import Renamed
@@ -21,7 +21,7 @@ from regraft.checkpoint.model import AppliedDelta, Checkpoint, open_shell
 from regraft.checkpoint.paths import inside
 from regraft.checkpoint.shards import TensorSpec, size_on_disk
 from regraft.checkpoint.sidecars import changed_config
-from regraft.checkpoint.tensor import TensorSource, numel
+from regraft.checkpoint.tensor import TensorSource, main_dtype, numel
 from regraft.checkpoint.weights import DELTA_RECORD, folder_weights
 from regraft.errors import UserError
 
@@ -69,7 +69,7 @@ class OpenDelta:
         folder = inside(self.path, FILES, where=self.path)
         own = open_shell(str(self.path), folder) if folder.is_dir() else None
         beside = {n: p for n, p in open_shell(str(self.path), self.path).files.items() if n != DELTA_RECORD}
-        dtype = main_dtype({name: (source.dtype, numel(source)) for name, source in tensors.items()})
+        dtype = main_dtype((source.dtype, numel(source)) for source in tensors.values())
         return dataclasses.replace(
             base,
             tensors=tensors,

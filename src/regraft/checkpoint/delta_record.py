@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -147,12 +146,3 @@ def content_digest(checkpoint: Checkpoint) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """As safetensors headers write it."""
     return DTYPE_NAMES[dtype]
-
-
-def main_dtype(tensors: Mapping[str, tuple[torch.dtype, int]]) -> torch.dtype:
-    """The dtype of most of the weights, from dtype and number of elements of each tensor."""
-    sizes: dict[torch.dtype, int] = {}
-    for dtype, count in tensors.values():
-        if dtype.is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + count
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32

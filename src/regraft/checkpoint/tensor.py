@@ -8,7 +8,7 @@ file offers without seeking.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -95,6 +95,15 @@ def numel(source: TensorSource) -> int:
 def nbytes(source: TensorSource) -> int:
     """Size of a source in bytes."""
     return numel(source) * source.dtype.itemsize
+
+
+def main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """The dtype of most of the weights, from dtype and number of elements of each tensor; integers do not count."""
+    total: dict[torch.dtype, int] = {}
+    for dtype, count in sizes:
+        if dtype.is_floating_point:
+            total[dtype] = total.get(dtype, 0) + count
+    return max(total, key=lambda dtype: total[dtype]) if total else torch.float32
 
 
 class Scratch(threading.local):

@@ -12,12 +12,13 @@ import torch
 
 from regraft.checkpoint import Checkpoint, ModelWriter, TensorSource, TensorSpec
 from regraft.checkpoint.delta import OpenDelta, check_bases, open_delta
-from regraft.checkpoint.delta_record import content_digest, main_dtype
+from regraft.checkpoint.delta_record import content_digest
 from regraft.checkpoint.delta_tensor import DeltaTensor, arithmetic, slices
 from regraft.checkpoint.licences import short_name
 from regraft.checkpoint.lineage import InputRecord, Lineage, Output
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
 from regraft.checkpoint.surroundings import done_before, run_key, surroundings
+from regraft.checkpoint.tensor import main_dtype
 from regraft.checkpoint.writer import size_on_disk
 from regraft.deltas.card import write_model_card
 from regraft.deltas.work import Work, check_output, each
@@ -68,7 +69,7 @@ def apply(
             warnings.warn(told, UserWarningMessage, stacklevel=2)
         work = Work(sum(spec.numel for spec in specs), on_progress)
         each(partial(_write, writer, work, scale), sources.values())
-        dtype = main_dtype({spec.name: (spec.dtype, spec.numel) for spec in specs})
+        dtype = main_dtype((spec.dtype, spec.numel) for spec in specs)
         copy_sidecars(writer.staging, config_from=model, tokenizer_from=model, config_changes={}, dtype=dtype)
         copy_licences(writer.staging, [model])
         lineage.output = Output(

@@ -26,7 +26,6 @@ from regraft.checkpoint.delta_record import (
     TensorRecord,
     content_digest,
     dtype_name,
-    main_dtype,
 )
 from regraft.checkpoint.delta_sketch import sketch, sketched
 from regraft.checkpoint.delta_sketch import spec as sketch_spec
@@ -36,6 +35,7 @@ from regraft.checkpoint.licences import combine
 from regraft.checkpoint.output import remove
 from regraft.checkpoint.sidecars import changed_config, copy_licences, copy_sidecars
 from regraft.checkpoint.surroundings import settle_up_to_date, surroundings
+from regraft.checkpoint.tensor import main_dtype
 from regraft.checkpoint.weights import is_delta
 from regraft.deltas.card import write_delta_card
 from regraft.deltas.encoding import Bits, Dense, Encoder, SparseDelta, Whole, largest, rounded, same_bits
@@ -296,7 +296,7 @@ def _keep_files(folder: Path, model: Checkpoint, base: Checkpoint) -> list[str]:
     """Write what stands beside the model's weights and is not the base's; return the names of what is."""
     remove(folder)  # of a run that died
     folder.mkdir()
-    dtype = main_dtype({source.name: (source.dtype, numel(source)) for source in model.tensors.values()})
+    dtype = main_dtype((source.dtype, numel(source)) for source in model.tensors.values())
     names = copy_sidecars(folder, config_from=model, tokenizer_from=model, config_changes={}, dtype=dtype)
     shared = []
     for name in names:

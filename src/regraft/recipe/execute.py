@@ -21,6 +21,7 @@ from regraft.checkpoint.lineage import InputRecord, Lineage, Output, fold_names,
 from regraft.checkpoint.output import DISK_FULL
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
 from regraft.checkpoint.surroundings import surroundings
+from regraft.checkpoint.tensor import main_dtype
 from regraft.checkpoint.writer import ModelWriter
 from regraft.errors import UserError, UserWarningMessage
 from regraft.merge.diagnostics import TaskVectorStatistics
@@ -164,12 +165,8 @@ def _tokenizer_source(plan: MergePlan) -> str:
 
 
 def _main_dtype(plan: MergePlan) -> torch.dtype:
-    """The dtype of most of the weights: what the configuration says."""
-    sizes: dict[torch.dtype, int] = {}
-    for job in plan.jobs:
-        if job.out_dtype.is_floating_point:
-            sizes[job.out_dtype] = sizes.get(job.out_dtype, 0) + job.info.numel
-    return max(sizes, key=lambda d: sizes[d]) if sizes else torch.float32
+    """What the configuration says."""
+    return main_dtype((job.out_dtype, job.info.numel) for job in plan.jobs)
 
 
 def _remarks(outcome: Outcome, settings: Settings) -> list[str]:
