@@ -233,7 +233,7 @@ def _record(pair: Pair, measured: dict[str, Any]) -> TensorRecord:
         dtype=dtype_name(pair.model.dtype),
         encoding=measured["encoding"],
         relative_error=_ratio(measured["error"], measured["size"] or 0.0),
-        exact=measured["exact"] / max(numel(pair.model), 1),
+        exact=measured["exact"] / numel(pair.model) if numel(pair.model) else 1.0,
     )
 
 
