@@ -20,6 +20,7 @@ _WHAT = {
 
 def write_delta_card(folder: Path, delta: Delta, *, name: str) -> None:
     """Write README.md of a delta."""
+    base = delta.base.repo_id or f"path/to/{delta.base.name}"
     share = f", {delta.density:.3g} of the entries" if delta.density is not None else ""
     text = f"""# {name}
 
@@ -36,8 +37,10 @@ What fine-tuning changed in `{delta.base.name}` to make `{delta.model.name}`, as
 ## Use
 
 ```sh
-regraft delta apply path/to/this/folder out/ --base {delta.base.repo_id or "path/to/" + delta.base.name}
+regraft delta apply path/to/this/folder out/ --base {base}
 ```
+
+In recipes, `{base}+path/to/this/folder` is a model like any other.
 
 `delta.json` holds the digests, and the errors of every tensor. Made with regraft {delta.regraft}.
 """

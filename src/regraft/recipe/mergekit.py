@@ -241,7 +241,7 @@ class _Reader:
         """The reference; what another document makes has neither revisions nor adapters."""
         head = re.split(r"[@+]", reference)[0]
         if head in self.others and head != reference:
-            what = f"{reference} asks for a revision of, or an adapter on, what the document {head} makes"
+            what = f"{reference} asks for a revision of, or an adapter or delta on, what the document {head} makes"
             raise field.error("RG309", what, "apply adapters before merging")
         if reference == self.name and reference in self.others:
             raise field.error("RG307", f"the document {reference} refers to itself", "name another model")

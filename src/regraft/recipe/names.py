@@ -50,7 +50,8 @@ class Names:
         if separator and head in self.models:
             return f"{self.models[head]}+{adapter}"
         if separator and head in self.done:
-            raise item.error("RG309", f"an adapter on the result of the step {head}", "apply adapters before merging")
+            what = f"an adapter or a delta on the result of the step {head}"
+            raise item.error("RG309", what, "apply adapters and deltas before merging")
         if is_direct(text):
             return text
         raise self._unknown(item, text)
