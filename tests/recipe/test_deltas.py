@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from farm_tools import write_tokenizer
 from models import save_fine_tune, save_model
+from regraft.adapters.extract import Wanted
+from regraft.adapters.factors import Truncation
+from regraft.adapters.publish import extract_lora
 from regraft.checkpoint import open_checkpoint
 from regraft.checkpoint.lineage import Lineage
 from regraft.deltas.apply import apply, open_delta
@@ -177,19 +180,27 @@ def test_the_output_is_not_the_delta(family: Path, tmp_path: Path) -> None:
     assert (delta / "delta.json").exists()
 
 
-def test_models_with_deltas_are_evaluated(family: Path, tmp_path: Path) -> None:
+def test_models_with_deltas_and_adapters_are_evaluated(family: Path, tmp_path: Path) -> None:
     rows = [{"text": " ".join(f"w{i}" for i in range(start, start + 20))} for start in range(8)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = (
-        f"models: {{a: {family}/a, d: {family}/base+{family}/da}}\n"
-        "steps: {s: {evaluate: perplexity, models: [a, d], data: texts.jsonl}}"
+        f"models: {{a: {family}/a, d: {family}/base+{family}/da, l: {family}/base+{tmp_path}/lora}}\n"
+        "steps: {s: {evaluate: perplexity, models: [a, d, l], data: texts.jsonl}}"
     )
+    tuned, base = (open_checkpoint(str(family / name)) for name in ("a", "base"))
+    extract_lora(tuned, base, tmp_path / "lora", Wanted(Truncation(rank=64), save=["all"], embeddings=True))
     recipe = parse_recipe(text, path=tmp_path / "recipe.yaml")
     plan = make_plan(recipe)
-    written = plan.to_dict()["steps"][0]["written"]["d"]
-    assert written == plan.disk_bytes > 0
-    first, second = (one.score["value"] for one in run(recipe, tmp_path / "out").evaluations)
-    assert first == second
+    written = plan.to_dict()["steps"][0]["written"]
+    assert written.keys() == {"d", "l"}
+    assert sum(written.values()) == plan.disk_bytes > 0
+    first, second, third = (one.score["value"] for one in run(recipe, tmp_path / "out").evaluations)
+    assert first == second == pytest.approx(third, rel=1e-4)
+    made_folders = sorted((tmp_path / "out" / "artefacts").glob("*/model.safetensors"))
+    before = [path.stat().st_mtime_ns for path in made_folders]
+    assert len(before) == 2
+    run(recipe, tmp_path / "out")  # nothing is written again
+    assert [path.stat().st_mtime_ns for path in made_folders] == before
     text = text.replace(f"{family}/base+", "")
     with pytest.raises(UserError, match="this folder is a delta") as caught:
         make_plan(parse_recipe(text, path=tmp_path / "recipe.yaml"))

@@ -112,8 +112,9 @@ def refuse_delta(folder: Path) -> None:
     """Raise RG113 if a folder holds a delta, whose weights are those of no model."""
     if is_delta(folder):
         base = read_json(inside(folder, DELTA_RECORD, where=folder)).get("base")
-        named = base.get("repo_id") if isinstance(base, dict) else ""
-        fix = f"write {named if isinstance(named, str) and named else 'BASE'}+{folder}, or name it beside its base"
+        named = base.get("repo_id") if isinstance(base, dict) else None
+        named = named if isinstance(named, str) and 0 < len(named) < 100 and named.isprintable() else "BASE"
+        fix = f"write {named}+{folder}, or name it beside its base"
         raise UserError("RG113", "this folder is a delta, not a model", where=str(folder), fix=f"{fix} in a merge")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from regraft.checkpoint import Checkpoint, ModelWriter, TensorSource, TensorSpec
+from regraft.checkpoint import Checkpoint, ModelWriter, TensorSource, TensorSpec, numel
 from regraft.checkpoint.delta import OpenDelta, check_bases, open_delta
 from regraft.checkpoint.delta_record import content_digest
 from regraft.checkpoint.delta_tensor import DeltaTensor, arithmetic, slices
@@ -88,7 +88,7 @@ def apply(
 
 def _write(writer: ModelWriter, work: Work, scale: float, source: TensorSource) -> None:
     """Write one tensor of the result, unless it is there."""
-    count = torch.Size(source.shape).numel()
+    count = numel(source)
     if source.name in writer.finished:
         work.advance(count)
         return
