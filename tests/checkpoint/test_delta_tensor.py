@@ -59,6 +59,30 @@ def test_threads(pair: tuple[str, bool]) -> None:
             assert torch.equal(piece, wanted[start : start + 777])
 
 
+class Watched(MemoryTensor):
+    """Notes how much is read at once."""
+
+    def __init__(self, name: str, tensor: torch.Tensor, most: list[int]) -> None:
+        super().__init__(name, tensor)
+        self._most = most
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        found = super().read(start, stop)
+        self._most.append(found.numel() * found.itemsize)
+        return found
+
+
+@pytest.mark.parametrize("pair", KINDS)
+def test_a_slice_costs_a_slice(pair: tuple[str, bool]) -> None:
+    """Of no part is more read at once than what is asked for, whatever the size of the tensor."""
+    most: list[int] = []
+    stored = {name: Watched(name, source.read(), most) for name, source in MADE[pair][1].items()}
+    source = DeltaTensor(stored["base"], stored, "x", torch.float32, pair[0])
+    for start in range(0, SIZE, BLOCK):
+        source.read(start, start + BLOCK)
+    assert max(most) <= 4 * BLOCK
+
+
 @pytest.mark.parametrize(("count", "word"), [(-1, "fewer"), (1, "more")])
 def test_values_that_are_not_as_many_as_marks(count: int, word: str) -> None:
     _, stored = MADE["sparse", True]

@@ -203,3 +203,18 @@ def test_files_of_the_fine_tune_come_along(llama: Path, tmp_path: Path, there_an
     assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 5
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_folders_of_modules_come_along(llama: Path, tmp_path: Path, there_and_back: Any) -> None:
+    """Of a sentence-transformers model, and chat templates below a folder: from the delta, not from the base."""
+    base = save_model(tmp_path / "base", "llama")
+    tuned = save_fine_tune(tmp_path / "tuned", base, 1)
+    for folder in (base, tuned):
+        for name in ("1_Pooling", "additional_chat_templates"):
+            (folder / name).mkdir()
+        (folder / "modules.json").write_text('[{"path": "1_Pooling"}]')
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"of": folder.name}))
+        (folder / "additional_chat_templates" / "tools.jinja").write_text(folder.name)
+    there_and_back(base, tuned)
+    assert json.loads((tmp_path / "back" / "1_Pooling" / "config.json").read_text()) == {"of": "tuned"}
+    assert (tmp_path / "back" / "additional_chat_templates" / "tools.jinja").read_text() == "tuned"

@@ -13,10 +13,12 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from fuzz.kills import differences
 from models import save_fine_tune, save_model
+from regraft.adapters.merged import Combination
 from regraft.checkpoint import open_checkpoint
 from regraft.checkpoint.lineage import Lineage
-from regraft.errors import UserError
+from regraft.errors import UserError, UserWarningMessage
 from regraft.recipe import parse_recipe
 from regraft.recipe.run import merge, run, with_output
 from regraft.recipe.settings import Settings
@@ -252,3 +254,29 @@ def test_a_later_step_merges_the_adapter(family: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="both is an adapter") as caught:
         run(parse_recipe(measured), tmp_path / "out")
     assert caught.value.code == "RG602"
+
+
+def test_a_merge_that_was_stopped_goes_on(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        f"models: {{base: {family}/base, a: {family}/base+{family}/plain, b: {family}/base+{family}/stable}}\n"
+        "steps: {x: {merge: ties, base: base, models: [a, b], trim_scope: tensor, output: lora, rank: 4}}"
+    )
+    (tmp_path / "whole").mkdir()
+    whole = merge(parse_recipe(text), tmp_path / "whole" / "out")
+    factors, calls = Combination._factors, []
+
+    def watched(self: Combination, parameter: Any) -> Any:
+        found = factors(self, parameter)
+        calls.append(parameter.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(Combination, "_factors", watched)
+    with pytest.raises(KeyboardInterrupt, match=r"2 of .* parts of the work are kept in .*the same command goes on"):
+        merge(parse_recipe(text), tmp_path / "out")
+    first = calls[:2]
+    with pytest.warns(UserWarningMessage, match=r"2 of .* parts of the work are there from a run that did not end"):
+        merge(parse_recipe(text), tmp_path / "out")
+    assert not set(calls[3:]) & set(first)
+    assert differences(tmp_path / "out", whole) == []
