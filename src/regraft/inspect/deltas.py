@@ -26,6 +26,7 @@ from regraft.checkpoint.distance import Distance, check_base, rank_bases, relati
 from regraft.checkpoint.tensor import read_rows
 from regraft.errors import UserError
 from regraft.inspect.advice import layer_swap, sparsification
+from regraft.merge.kernels import count_zeros, sign_conflicts
 from regraft.merge.rule import Chunk, TensorInfo
 from regraft.merge.statistics import Gram, Sum
 from regraft.methods import Options
@@ -271,14 +272,12 @@ def _base_and_deltas(chunk: Chunk[Any]) -> Tensor:
 def _counts(d: Tensor) -> Tensor:
     """Entries of `d` (n, L): unmoved per model; moved in any, in conflict; per pair moved in both, in conflict."""
     n = d.shape[0]
-    up, down = d > 0, d < 0
-    moved = up | down
-    counts = [(d[i] == 0).count_nonzero() for i in range(n)]
-    counts += [moved.any(0).count_nonzero(), (up.any(0) & down.any(0)).count_nonzero()]
+    counts = [*count_zeros(d).tolist(), *sign_conflicts(d)]
+    moved = [sign_conflicts(row.unsqueeze(0))[0] for row in d]
     for i, j in combinations(range(n), 2):
-        both = moved[i] & moved[j]
-        counts += [both.count_nonzero(), (both & (up[i] ^ up[j])).count_nonzero()]
-    return torch.stack(counts)
+        either, against = sign_conflicts(torch.stack([d[i], d[j]]))
+        counts += [moved[i] + moved[j] - either, against]
+    return torch.tensor(counts)
 
 
 @dataclass
