@@ -45,7 +45,7 @@ def estimate_seconds(jobs: Sequence[Job], bytes_moved: int, workers: int) -> flo
         for s in largest.models
     )
     reference = MemoryTensor("sample", base.to(largest.base.dtype)) if largest.base is not None else None
-    job = Job(info, models, largest.out_dtype, largest.rule, largest.options, reference)
+    job = Job(info, models, largest.out_dtype, largest.rule, largest.options, reference, double=largest.double)
     run_jobs([job], lambda name, start, values: None, workers=1)  # the first call pays for lazy set-up
     begun = time.perf_counter()
     run_jobs([job], lambda name, start, values: None, workers=1)
