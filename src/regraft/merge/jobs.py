@@ -139,7 +139,7 @@ def default_workers() -> int:
 
 
 def predict_memory(jobs: Sequence[Job], workers: int, chunk: int) -> int:
-    """Peak bytes of tensors held by a run, beside the interpreter and its libraries."""
+    """Peak bytes of tensors held by a run, beside the program itself."""
     largest = 0
     for job in jobs:
         length = min(job.chunk(chunk), max(job.info.numel, 1))
