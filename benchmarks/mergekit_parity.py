@@ -1,15 +1,20 @@
-"""Does a mergekit recipe give the same model here? Rules x families x dtypes x ways of writing parameters.
+"""Does a mergekit recipe give the same model here? Rules x families x dtypes x arithmetic x ways of writing parameters.
 
     python benchmarks/mergekit_parity.py --mergekit VENV/bin/python --out benchmarks/results/parity.json
 
 makes tiny models of every family with transformers, merges them by one recipe per cell with both tools, and compares
 all entries in units of the last place. `VENV` is an environment of mergekit's own.
+
+Arithmetic in float64 shows whether both compute the same function: what is left then is one rounding. In float32 the
+results also hold the rounding errors of each tool. Entries that tie at a threshold are counted apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +32,7 @@ from machine import describe
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
+from torch import Tensor
 
 from regraft.errors import UserError
 from regraft.methods import methods
@@ -48,7 +54,9 @@ KINDS = {
 LAYERS = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS = (0.6, 0.3)
-SAME = {"float32": 4, "bfloat16": 1}  # units that rounding may make: float32 sums are added up in another order
+ARITHMETIC = ("float64", "float32")
+# Thresholds that a rule has for the score of an entry in each model, or in all of them together.
+THRESHOLDS = {"ties": 1, "breadcrumbs": 2, "breadcrumbs_ties": 2, "sce": 1}
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ CASES = {
     "passthrough": Case(models=("a",), base=None, varied="scale"),
 }
 VARIANTS = ("plain", "filters", "gradient", "slices")
+RUNS = ((0, 3), (2, LAYERS))  # what the slices hold, of which the second begins at the result's layer 3
 
 # Runs in mergekit's environment: one process for all cells, since it takes seconds to start.
 DRIVER = """
@@ -104,16 +113,31 @@ for line in sys.stdin:
 
 @dataclass
 class Cell:
-    """One comparison; `worst` is the largest difference in units of the last place, `apart` entries beyond `SAME`."""
+    """One comparison.
+
+    `dtype` is that of inputs and result. `tied` counts entries that share the score of a threshold, of which mergekit
+    keeps some and regraft all. Of the others `worst` is the largest difference in units of the last place, and `apart`
+    counts those beyond one unit.
+    """
 
     rule: str
     family: str
     dtype: str
     variant: str
+    arithmetic: str
     entries: int = 0
     worst: float = 0.0
     apart: int = 0
+    tied: int = 0
     refused: str = ""
+
+    @property
+    def same(self) -> bool:
+        return not self.apart and not self.refused
+
+    @property
+    def file(self) -> str:
+        return f"{self.rule}-{self.variant}-{self.arithmetic}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     Console().print(parity_table.markdown(results), markup=False)
-    return 1 if any(cell.apart or cell.refused for cell in cells) else 0
+    return 0 if all(cell.same for cell in cells) else 1
 
 
 def compare(folder: Path, python: Path, rules: Sequence[str], families: Sequence[str]) -> Iterator[Cell]:
@@ -146,12 +170,13 @@ def compare(folder: Path, python: Path, rules: Sequence[str], families: Sequence
         for dtype in DTYPES:
             make_models(folder / family / dtype, family, DTYPES[dtype])
     cells = [
-        Cell(rule, family, dtype, variant)
+        cell
         for rule in rules
         for family in families
         for dtype in DTYPES
         for variant in VARIANTS
-        if recipe(rule, family, dtype, variant, ()) is not None
+        for arithmetic in ARITHMETIC
+        if recipe(cell := Cell(rule, family, dtype, variant, arithmetic), ()) is not None
     ]
     command = [str(python), "-c", DRIVER]
     with subprocess.Popen(
@@ -173,12 +198,12 @@ def make_models(folder: Path, family: str, dtype: torch.dtype) -> None:
         tiny.save_fine_tune(folder / name, folder / "base", seed, scale=0.05)
 
 
-def recipe(rule: str, family: str, dtype: str, variant: str, names: Sequence[str]) -> dict[str, Any] | None:
+def recipe(cell: Cell, names: Sequence[str]) -> dict[str, Any] | None:
     """The recipe of a cell; None if there is none. `names` are those of the tensors, for filters."""
-    case = CASES[rule]
+    case, variant = CASES[cell.rule], cell.variant
     if variant in ("filters", "gradient") and not case.varied:
         return None
-    if variant == "slices" and family not in SLICED:
+    if variant == "slices" and cell.family not in SLICED:
         return None
     each = [{k: v[i] for k, v in case.each.items()} for i in range(len(case.models))]
     values = dict(case.values)
@@ -187,19 +212,18 @@ def recipe(rule: str, family: str, dtype: str, variant: str, names: Sequence[str
         vary(each, values, case, lambda value: [{"filter": part, "value": value / 2}, {"value": value}])
     if variant == "gradient":
         vary(each, values, case, lambda value: [value, value / 3, value / 2])
-    written: dict[str, Any] = {"merge_method": rule}
+    written: dict[str, Any] = {"merge_method": cell.rule}
     if case.base is not None:
         written["base_model"] = f"./{case.base}"
     entries = [{"model": f"./{m}", **({"parameters": e} if e else {})} for m, e in zip(case.models, each, strict=True)]
     if variant == "slices":
-        runs = [(0, 3), (2, LAYERS)]
         if case.base is not None and case.base not in case.models:
             entries.append({"model": f"./{case.base}"})  # mergekit wants the base among the sources
-        written["slices"] = [{"sources": [{**e, "layer_range": list(run)} for e in entries]} for run in runs]
+        written["slices"] = [{"sources": [{**e, "layer_range": list(run)} for e in entries]} for run in RUNS]
     else:
         written["models"] = entries
-    # Arithmetic in float32, which is ours; in bfloat16 mergekit's own result depends on the order of additions.
-    return {**written, **({"parameters": values} if values else {}), "dtype": "float32", "out_dtype": dtype}
+    options = {"parameters": values} if values else {}
+    return {**written, **options, "dtype": cell.arithmetic, "out_dtype": cell.dtype}
 
 
 def vary(each: list[dict[str, Any]], values: dict[str, Any], case: Case, change: Any) -> None:
@@ -223,12 +247,11 @@ def compared(cell: Cell, folder: Path, peer: Any) -> Cell:
     """Both tools on one recipe."""
     here = folder / cell.family / cell.dtype
     base = load_file(here / "base" / "model.safetensors")
-    path = here / f"{cell.rule}-{cell.variant}.yaml"
-    written = recipe(cell.rule, cell.family, cell.dtype, cell.variant, list(base))
-    path.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
-    ours, theirs = (here / f"{cell.rule}-{cell.variant}-{tool}" for tool in ("regraft", "mergekit"))
+    path = here / f"{cell.file}.yaml"
+    path.write_text(yaml.safe_dump(recipe(cell, list(base)), sort_keys=False), encoding="utf-8")
+    ours, theirs = (here / f"{cell.file}-{tool}" for tool in ("regraft", "mergekit"))
     # mergekit looks paths up from where it runs.
-    absolute = here / f"{cell.rule}-{cell.variant}-absolute.yaml"
+    absolute = here / f"{cell.file}-absolute.yaml"
     absolute.write_text(path.read_text(encoding="utf-8").replace("./", f"{here}/"), encoding="utf-8")
     peer.stdin.write(json.dumps({"recipe": str(absolute), "out": str(theirs)}) + "\n")
     peer.stdin.flush()
@@ -242,38 +265,79 @@ def compared(cell: Cell, folder: Path, peer: Any) -> Cell:
         cell.refused = f"regraft: {error.code}: {error}".replace(str(here), ".")
         return cell
     measure(cell, load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors"), here)
+    for folder in (ours, theirs):
+        shutil.rmtree(folder)
     return cell
 
 
-def measure(cell: Cell, ours: Mapping[str, Any], theirs: Mapping[str, Any], here: Path) -> None:
+def measure(cell: Cell, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], here: Path) -> None:
     """Fill in how far the results are apart, in units of the last place of the largest number involved in an entry."""
-    inputs = [load_file(here / name / "model.safetensors") for name in ("base", "a", "b")]
-    largest = max(float(t.abs().max()) for t in inputs[0].values() if t.numel() and t.is_floating_point())
-    for name, theirs_there in theirs.items():
+    models = [load_file(here / name / "model.safetensors") for name in ("base", "a", "b")]
+    for name, b in theirs.items():
         if name not in ours:
-            if not tied(name, theirs_there, ours):
+            if not tied(name, b, ours):
                 cell.refused = f"regraft's model lacks {name}"
             continue
-        a, b = ours[name], theirs_there
+        a = ours[name]
         if a.shape != b.shape or a.dtype != b.dtype:
             cell.refused = f"{name} is {a.dtype} {tuple(a.shape)} here and {b.dtype} {tuple(b.shape)} there"
             return
-        if not a.is_floating_point():
+        if not a.is_floating_point() or not a.numel():
             continue
-        off = (a.double() - b.double()).abs()
-        size = torch.maximum(a.double().abs(), b.double().abs())
-        for model in inputs if cell.variant != "slices" else ():
-            size = torch.maximum(size, model[name].double().abs())
-        if cell.variant == "slices":
-            size = size.clamp(min=1e-3 * largest)  # its inputs have other names
+        inputs = torch.stack([m[source_name(name) if cell.variant == "slices" else name].double() for m in models])
+        size = torch.cat([inputs, a.double()[None], b.double()[None]]).abs().amax(0)
         unit = torch.finfo(a.dtype).eps * torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-30))))
-        units = off / unit
+        units = ((a.double() - b.double()).abs() / unit).flatten()
         cell.entries += a.numel()
-        cell.worst = max(cell.worst, float(units.max())) if units.numel() else cell.worst
-        cell.apart += int((units > SAME[cell.dtype]).sum())
+        apart = units > 1
+        if cell.rule in THRESHOLDS and bool(apart.any()):
+            same_score = at_threshold(apart, scores(cell.rule, inputs.flatten(1)), THRESHOLDS[cell.rule])
+            cell.tied += int(same_score.sum())
+            apart &= ~same_score
+            units[same_score] = 0
+        cell.worst = max(cell.worst, float(units.max()))
+        cell.apart += int(apart.sum())
 
 
-def tied(name: str, values: Any, ours: Mapping[str, Any]) -> bool:
+def source_name(name: str) -> str:
+    """The name in the models of what a sliced result has under this name."""
+    (_, stop), (start, _) = RUNS
+    return re.sub(r"\.(\d+)\.", lambda m: f".{i if (i := int(m[1])) < stop else i - stop + start}.", name, count=1)
+
+
+def scores(rule: str, inputs: Tensor) -> Tensor:
+    """What a rule selects entries by, (rows, L), of base and two fine-tunes, (3, L)."""
+    changes = inputs[1:] - inputs[0]
+    return (changes[:1] - changes[1:]).abs() if rule == "sce" else changes.abs()  # two models vary by their distance
+
+
+def at_threshold(apart: Tensor, rows: Tensor, thresholds: int) -> Tensor:
+    """Which of the entries that are apart, (L,), have the score of a threshold and share it with others, (L,).
+
+    Thresholds are not known, but a row has so many of them: each may account for one score.
+    """
+    explained = torch.zeros_like(apart)
+    shared = torch.stack([counts[which] > 1 for which, counts in (_unique(row) for row in rows)])
+    left = [thresholds] * len(rows)
+    while True:
+        best, count = None, 0
+        for i, row in enumerate(rows):
+            values, counts = row[apart & ~explained & shared[i]].unique(return_counts=True)
+            if left[i] and len(values) and int(counts.max()) > count:
+                best, count = (i, values[counts.argmax()]), int(counts.max())
+        if best is None:
+            return explained
+        i, score = best
+        left[i] -= 1
+        explained |= apart & (rows[i] == score)
+
+
+def _unique(row: Tensor) -> tuple[Tensor, Tensor]:
+    _, which, counts = row.unique(return_inverse=True, return_counts=True)
+    return which, counts
+
+
+def tied(name: str, values: Tensor, ours: Mapping[str, Tensor]) -> bool:
     """Whether what mergekit wrote twice is there under another name."""
     return any(values.shape == other.shape and torch.equal(values, other) for other in ours.values())
 

@@ -19,30 +19,47 @@ def markdown(results: Mapping[str, Any]) -> str:
     cells: Sequence[Mapping[str, Any]] = results["cells"]
     families = list(dict.fromkeys(cell["family"] for cell in cells))
     rules = list(dict.fromkeys(cell["rule"] for cell in cells))
-    lines = [f"| rule | {' | '.join(families)} |", f"|---|{'---|' * len(families)}"]
-    for rule in rules:
-        row = [_cell([c for c in cells if c["rule"] == rule and c["family"] == family]) for family in families]
-        lines.append(f"| `{rule}` | {' | '.join(row)} |")
-    apart = [c for c in cells if c["apart"]]
-    refused = [c for c in cells if c["refused"]]
-    entries = sum(c["entries"] for c in cells)
     version = results["machine"].get("mergekit", {}).get("mergekit", "?")
-    same = len(cells) - len(apart) - len(refused)
-    counts = f"{same} give the same model up to rounding, in {len(apart)} some entries differ by more"
-    if refused:
-        counts += f", {len(refused)} stop one of the tools"
-    lines += ["", f"{len(cells)} recipes, {entries:,} entries: {counts} (mergekit {version}, {results['date']}).", ""]
-    for rule in rules:
-        for dtype in ("float32", "bfloat16"):
-            these = [c for c in apart if c["rule"] == rule and c["dtype"] == dtype]
-            if these:
-                share = sum(c["apart"] for c in these) / sum(c["entries"] for c in these)
-                lines.append(f"- `{rule}`, {dtype}: {share:.1g} of the entries, in {len(these)} recipes")
+    entries = sum(c["entries"] for c in cells)
+    lines = [f"{len(cells)} recipes, {entries:,} entries compared (mergekit {version}, {results['date']})."]
+    for arithmetic in dict.fromkeys(cell["arithmetic"] for cell in cells):
+        here = [c for c in cells if c["arithmetic"] == arithmetic]
+        lines += ["", f"Both computing in {arithmetic}: {_counts(here)}", ""]
+        lines += [f"| rule | {' | '.join(families)} |", f"|---|{'---|' * len(families)}"]
+        for rule in rules:
+            row = [_cell([c for c in here if c["rule"] == rule and c["family"] == family]) for family in families]
+            lines.append(f"| `{rule}` | {' | '.join(row)} |")
+        lines += ["", *_remarks(here, rules)]
+    refused = [c for c in cells if c["refused"]]
     for reason in dict.fromkeys(c["refused"] for c in refused):
         these = [c for c in refused if c["refused"] == reason]
         which = ", ".join(dict.fromkeys(f"{c['family']} ({c['variant']})" for c in these))
         lines.append(f"- {len(these)} recipes of {which}: {reason.rstrip(':')}")
     return "\n".join(lines)
+
+
+def _counts(cells: Sequence[Mapping[str, Any]]) -> str:
+    apart = sum(1 for c in cells if c["apart"])
+    refused = sum(1 for c in cells if c["refused"])
+    said = f"in {len(cells) - apart - refused} of {len(cells)} recipes all entries agree to one unit"
+    if apart:
+        said += f", in {apart} some do not"
+    if refused:
+        said += f", {refused} stop one of the tools"
+    return said + "."
+
+
+def _remarks(cells: Sequence[Mapping[str, Any]], rules: Sequence[str]) -> list[str]:
+    """Which share of the entries of a rule differs by more than a unit, and which ties at a threshold."""
+    lines = []
+    for rule in rules:
+        for dtype in ("float32", "bfloat16"):
+            these = [c for c in cells if c["rule"] == rule and c["dtype"] == dtype and not c["refused"]]
+            entries = sum(c["entries"] for c in these)
+            for key, what in (("apart", "differ by more than a unit"), ("tied", "tie at a threshold")):
+                if count := sum(c[key] for c in these):
+                    lines.append(f"- `{rule}`, {dtype}: {count:,} of {entries:,} entries {what}")
+    return lines
 
 
 def _cell(cells: Sequence[Mapping[str, Any]]) -> str:

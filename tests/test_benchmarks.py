@@ -294,7 +294,7 @@ def test_the_comparison_with_mergekit_sees_what_differs(tmp_path: Path) -> None:
     python.chmod(0o755)
     parity = module("mergekit_parity")
     cells = list(parity.compare(tmp_path / "work", python, ["linear", "slerp", "passthrough"], ["llama"]))
-    assert len(cells) == 3 * 2 * 4
+    assert len(cells) == 3 * 2 * 4 * 2
     for cell in cells:
         expected = {"linear": (0, ""), "slerp": (1, ""), "passthrough": (0, "mergekit: it broke")}[cell.rule]
         assert (cell.apart, cell.refused) == expected, cell
@@ -303,5 +303,20 @@ def test_the_comparison_with_mergekit_sees_what_differs(tmp_path: Path) -> None:
     shown = module("parity_table").markdown(results)
     assert "| `linear` | 0 / 0 |" in shown
     assert "| `passthrough` | refused / refused |" in shown
-    assert "16 give the same model" not in shown
-    assert "8 give the same model up to rounding, in 8 some entries differ by more, 8 stop one of the tools" in shown
+    said = "in 8 of 24 recipes all entries agree to one unit, in 8 some do not, 8 stop one of the tools."
+    for arithmetic in ("float32", "float64"):
+        assert f"Both computing in {arithmetic}: {said}" in shown
+    assert "- `slerp`, float32: 4 of " in shown
+    assert " entries differ by more than a unit" in shown
+
+
+def test_entries_that_share_the_score_of_a_threshold_are_told_from_others() -> None:
+    at_threshold = module("mergekit_parity").at_threshold
+    rows = torch.tensor([[3.0, 1, 2, 2, 2, 5], [1, 7, 7, 4, 9, 6]])
+    apart = torch.tensor([False, True, True, True, False, True])
+    # 2 in the first row, 7 in the second; nothing shares its score with the last entry.
+    assert at_threshold(apart, rows, 1).tolist() == [False, True, True, True, False, False]
+    rows[1, 4] = 6  # now another does: a second score of that row
+    assert int(at_threshold(apart, rows, 1).sum()) == 3
+    assert at_threshold(apart, rows, 2).tolist() == [False, True, True, True, False, True]
+    assert not at_threshold(apart, torch.arange(6.0).view(1, 6), 2).any()  # nothing is shared

@@ -79,7 +79,7 @@ def test_the_plan_shows_the_value_per_tensor(cli, recipe: Path) -> None:
     assert "weight a=0.2 b=0.4" in shown.stdout
     assert "weight a=0.8 b=0.4" in shown.stdout
     assert "lambda 1.5" in shown.stdout
-    assert "of memory at most" in shown.stdout
+    assert " MB of memory" in shown.stdout
 
 
 def test_the_plan_as_json(cli, recipe: Path) -> None:

@@ -81,6 +81,18 @@ def test_a_second_run_does_nothing_and_a_changed_option_redoes_what_depends_on_i
     assert same == {"soup", "swept@lambda=0.3"}
 
 
+def test_float64_asks_for_arithmetic_in_it(llamas: Path, tmp_path: Path) -> None:
+    step = "steps:\n  sum: {merge: linear, models: {base: {weight: 0.7}, a: {weight: -0.4}, b: {weight: 0.3}},"
+    step += " normalize: false, out_dtype: float32"
+    exact = load_file(merge(recipe(llamas, THREE + step + ", dtype: float64}\n"), tmp_path / "x") / "model.safetensors")
+    plain = load_file(merge(recipe(llamas, THREE + step + "}\n"), tmp_path / "y") / "model.safetensors")
+    base, a, b = (load_file(llamas / n / "model.safetensors") for n in ("base", "a", "b"))
+    for name, found in exact.items():
+        expected = 0.7 * base[name].double() - 0.4 * a[name].double() + 0.3 * b[name].double()
+        assert torch.equal(found, expected.float()), name
+    assert any(not torch.equal(plain[name], exact[name]) for name in exact)
+
+
 def test_a_damaged_artefact_is_made_again(llamas: Path, tmp_path: Path) -> None:
     text = THREE + "steps:\n  soup: {merge: linear, models: [a, b]}\n"
     folder = run(recipe(llamas, text), tmp_path / "out").artefacts["soup"]

@@ -56,7 +56,7 @@ def show_plan(terminal: Terminal, console: Console, plan: Mapping[str, Any]) -> 
     for step in plan["steps"]:
         _show_evaluation(console, step) if "evaluate" in step else _show_merge(console, step)
     disk = f"{size_in_words(plan['disk_bytes'])} on disk"
-    memory = f"{size_in_words(plan['memory_bytes'])} of memory at most"
+    memory = f"about {size_in_words(plan['memory_bytes'])} of memory"
     time = f"about {duration(plan['seconds_estimated'])} for the merges"
     threads = f"{plan['workers']} workers, chunks of {count(plan['chunk_elements'])} elements"
     console.print(f"In all: {disk}, {memory}, {time}; {threads}", markup=False)

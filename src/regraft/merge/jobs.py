@@ -29,7 +29,7 @@ _TABLES = 4
 class Job:
     """One output tensor: by a rule from the same tensor of several models, or (`rule=None`) a bit-exact copy.
 
-    `labels` name the models in messages, the base last.
+    `labels` name the models in messages, the base last; `double` asks for float64 arithmetic whatever the dtypes are.
     """
 
     info: TensorInfo
@@ -39,6 +39,7 @@ class Job:
     options: Options | None = None
     base: TensorSource | None = None
     labels: tuple[str, ...] = ()
+    double: bool = False
 
     @property
     def sources(self) -> tuple[TensorSource, ...]:
@@ -68,8 +69,9 @@ class Job:
 
     @property
     def arithmetic(self) -> torch.dtype:
-        """float64 if any input is, else float32."""
-        return torch.float64 if any(s.dtype == torch.float64 for s in self.sources) else torch.float32
+        """float64 if it is asked for or if an input or the output is, else float32."""
+        dtypes = (self.out_dtype, *(s.dtype for s in self.sources))
+        return torch.float64 if self.double or torch.float64 in dtypes else torch.float32
 
 
 def group(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -137,7 +139,7 @@ def default_workers() -> int:
 
 
 def predict_memory(jobs: Sequence[Job], workers: int, chunk: int) -> int:
-    """Peak bytes of tensors held by a run, beside the interpreter and its libraries."""
+    """Peak bytes of tensors held by a run, beside the program itself."""
     largest = 0
     for job in jobs:
         length = min(job.chunk(chunk), max(job.info.numel, 1))

@@ -236,7 +236,7 @@ def _sum_abs(values):
 
 
 @_block_kernel
-def _dot(a, b):
+def dot(a, b):
     total = 0.0
     for k in range(a.shape[0]):
         total += np.float64(a[k]) * np.float64(b[k])
@@ -261,7 +261,7 @@ def block_grams(rows, block, out):
         begin, end = b * block, min((b + 1) * block, length)
         for i in range(n):
             for j in range(i + 1):
-                out[b, i, j] = out[b, j, i] = _dot(rows[i, begin:end], rows[j, begin:end])
+                out[b, i, j] = out[b, j, i] = dot(rows[i, begin:end], rows[j, begin:end])
 
 
 @kernel

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from regraft.merge.native import TILE, count_low, kernel
+from regraft.merge.native import TILE, count_low, dot, kernel
 from regraft.merge.native_random import drop_ranked, mix, rank_memory
 
 _ALL = np.uint64(1 << 32)
@@ -246,34 +246,25 @@ def distance(raw, weights, anchor, out):
 def grams(raw, n, block, out):
     """out[b, i, j] = inner product over block b of rows i and j of the first n, less the last row if it is the n + 1st.
 
-    float64; the sums within a block are taken over tiles, and in eight interleaved parts over a tile.
+    float64; the sums within a block are taken over tiles.
     """
     length = raw.shape[1]
-    values, base = np.empty((n, TILE), np.float32), np.empty(TILE, np.float32)
+    values, base, wide = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty((n, TILE), np.float64)
     bits, base_bits = values.view(np.uint32), base.view(np.uint32)
-    sums = np.empty(8, np.float64)
     out[:] = 0
     for begin in range(0, length, TILE):
         size = min(TILE, length - begin)
-        end, b, eights = begin + size, begin // block, size // 8 * 8
+        end, b = begin + size, begin // block
         if raw.shape[0] > n:
             load(raw[n, begin:end], base[:size], base_bits[:size])
         for i in range(n):
             if raw.shape[0] > n:
-                difference(raw[i, begin:end], base[:size], values[i, :size], bits[i, :size])
+                difference(raw[i, begin:end], base[:size], values[:size], bits[:size])
             else:
-                load(raw[i, begin:end], values[i, :size], bits[i, :size])
+                load(raw[i, begin:end], values[:size], bits[:size])
+            wide[i, :size] = values[:size]
             for j in range(i + 1):
-                sums[:] = 0
-                for k in range(0, eights, 8):
-                    for lane in range(8):
-                        sums[lane] += np.float64(values[i, k + lane]) * np.float64(values[j, k + lane])
-                total = 0.0
-                for lane in range(8):
-                    total += sums[lane]
-                for k in range(eights, size):
-                    total += np.float64(values[i, k]) * np.float64(values[j, k])
-                out[b, i, j] += total
+                out[b, i, j] += dot(wide[i, :size], wide[j, :size])
     for b in range(out.shape[0]):
         for i in range(n):
             for j in range(i):

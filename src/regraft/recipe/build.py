@@ -139,7 +139,8 @@ class Builder:
         levels: list[Mapping[str, Setting]] = [piece.settings, self.step.settings]
         options = self.resolver.options(out, depth, list(piece.inputs), levels)
         labels = (*(i.model for i in piece.inputs), self.step.base or "")
-        return Job(info, sources, self.dtype or reference.dtype, self.rule, options, base, labels)
+        double = self.step.dtype == "float64"
+        return Job(info, sources, self.dtype or reference.dtype, self.rule, options, base, labels, double)
 
     def _source(self, member: Member, name: str, reference: TensorSource, layer: int | None) -> TensorSource:
         own = self.layouts[member.name]

@@ -32,7 +32,7 @@ from regraft.recipe.special_tokens import config_changes, generation_changes
 from regraft.recipe.vocabulary import Vocabulary, plan_vocabulary
 
 # Counts up when the same plan would give other weights, so that cached artefacts are not taken for current ones.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass
@@ -86,6 +86,7 @@ class MergePlan:
                 [[s.name for s in j.models], j.options.model_dump(mode="json") if j.options and j.rule else None]
                 for j in self.jobs
             ],
+            "double": self.step.dtype == "float64",
             "config": [self.config_from.digest(), self.config_changes],
             "tokenizer": [self.tokenizer_from.digest(), self.step.chat_template],
         }

@@ -12,10 +12,10 @@ from typing import Any
 from regraft.checkpoint import Checkpoint, open_checkpoint
 from regraft.checkpoint.output import reserved, unfinished_in
 from regraft.errors import UserError
-from regraft.merge.jobs import Job, default_chunk, default_workers, fit_memory, predict_memory, usable_device
+from regraft.merge.jobs import Job, default_chunk, default_workers, fit_memory, usable_device
 from regraft.methods import Options, method
 from regraft.recipe.document import EvaluateStep, Input, MergeStep, Recipe
-from regraft.recipe.estimate import estimate_seconds, process_memory
+from regraft.recipe.estimate import RUN_BYTES, Estimate, estimate, process_memory
 from regraft.recipe.fit import Member
 from regraft.recipe.merge_plan import MergePlan, plan_merge
 from regraft.recipe.settings import Settings
@@ -37,7 +37,7 @@ class EvaluatePlan:
 class Plan:
     """All steps of a recipe, in order, with what they cost.
 
-    `memory_bytes` is the peak of the whole process, `disk_bytes` the sum of all outputs.
+    `disk_bytes` is the sum of all outputs.
     """
 
     recipe: Recipe
@@ -45,15 +45,33 @@ class Plan:
     steps: list[MergePlan | EvaluatePlan]
     workers: int
     chunk: int
-    memory_bytes: int
     disk_bytes: int
     members: Members
     warnings: list[str] = field(default_factory=list)
 
     @cached_property
+    def estimates(self) -> list[Estimate]:
+        """What each merge takes, measured on samples when it is first asked for."""
+        return [
+            estimate(
+                plan.jobs,
+                plan.bytes_in + plan.bytes_out,
+                workers=self.workers,
+                chunk=self.chunk,
+                device=self.settings.device,
+            )
+            for plan in self.merges
+        ]
+
+    @property
     def seconds(self) -> float:
-        """Estimated time for all merges, measured on samples when it is first asked for."""
-        return sum(estimate_seconds(p.jobs, p.bytes_in + p.bytes_out, self.workers) for p in self.merges)
+        """Estimated time for all merges."""
+        return sum(each.seconds for each in self.estimates)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Estimated peak of the private memory of the whole process."""
+        return max((each.memory_bytes for each in self.estimates), default=process_memory())
 
     @property
     def merges(self) -> list[MergePlan]:
@@ -130,11 +148,11 @@ def make_plan(recipe: Recipe, settings: Settings | None = None, *, out: Path | N
     written = [s for s in steps if isinstance(s, MergePlan)]
     written += {p.key: p for s in steps if isinstance(s, EvaluatePlan) for p in s.folded.values()}.values()
     jobs = [job for plan in written for job in plan.jobs]
-    workers, chunk, memory = size_run(jobs, settings)
+    workers, chunk = size_run(jobs, settings)
     disk = sum(plan.bytes_out for plan in written)
     if out is not None:
         _check_disk(out, disk)
-    return Plan(recipe, settings, steps, workers, chunk, memory, disk, members, warnings)
+    return Plan(recipe, settings, steps, workers, chunk, disk, members, warnings)
 
 
 class Members:
@@ -191,14 +209,14 @@ class Members:
         return [f"{m.name}: {remark}" for m in self._opened.values() for remark in m.checkpoint.remarks]
 
 
-def size_run(jobs: list[Job], settings: Settings) -> tuple[int, int, int]:
-    """(workers, chunk, peak bytes of the process) within the limits that the user sets."""
+def size_run(jobs: list[Job], settings: Settings) -> tuple[int, int]:
+    """(workers, chunk) within the limits that the user sets."""
     device = usable_device(settings.device)
     workers, chunk = settings.workers or default_workers(), settings.chunk or default_chunk(device)
-    own = process_memory()
     if settings.max_memory is not None:
-        workers, chunk = fit_memory(jobs, max(0, settings.max_memory - own), workers=workers, chunk=chunk)
-    return workers, chunk, own + predict_memory(jobs, workers, chunk)
+        room = max(0, settings.max_memory - process_memory() - RUN_BYTES)
+        workers, chunk = fit_memory(jobs, room, workers=workers, chunk=chunk)
+    return workers, chunk
 
 
 def check_licences(plan: MergePlan, settings: Settings) -> None:

@@ -222,7 +222,7 @@ def _make(plan: MergePlan, out: Path, recipe: Recipe, settings: Settings, progre
     if plan.combination is not None:
         write_adapter(plan, out, recipe, settings, progress)
         return
-    workers, chunk, _ = size_run(plan.jobs, settings)
+    workers, chunk = size_run(plan.jobs, settings)
     execute(plan, out, recipe, settings, workers=workers, chunk=chunk, progress=progress)
 
 

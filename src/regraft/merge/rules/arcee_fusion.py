@@ -29,6 +29,7 @@ _EPSILON = 1e-8
 @rule(
     summary="take the most important changes of the other model whole",
     options=Options,
+    rows_beside=32,
     needs_base=True,
     order_statistics=3,
     max_models=1,

@@ -43,6 +43,7 @@ class NuslerpOptions(Options):
 @rule(
     summary="spherical interpolation between two models or their task vectors, by weights",
     options=NuslerpOptions,
+    rows_beside=4,
     min_models=2,
     max_models=2,
     takes_base=True,

@@ -20,6 +20,7 @@ from regraft.merge.rule import Chunk, Combine, Unit, rule
 @rule(
     summary="add what one model changed, average what several changed",
     options=RamOptions,
+    rows_beside=24,
     needs_base=True,
     papers=[RAM],
 )

@@ -31,6 +31,7 @@ class RamplusTlOptions(RamOptions):
 @rule(
     summary="as ram, with what one model changed enlarged by how much it shares",
     options=RamplusTlOptions,
+    rows_beside=24,
     needs_base=True,
     papers=[RAM],
 )
