@@ -18,6 +18,8 @@ import torch
 import transformers
 
 from regraft.recipe import load_recipe
+from regraft.recipe.run import merge
+from regraft.recipe.settings import Settings
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -305,3 +307,27 @@ def test_the_comparison_with_mergekit_sees_what_differs(tmp_path: Path) -> None:
     assert "| `passthrough` | refused / refused |" in shown
     assert "16 give the same model" not in shown
     assert "8 give the same model up to rounding, in 8 some entries differ by more, 8 stop one of the tools" in shown
+
+
+def test_the_comparison_of_draws_sees_another_distribution(tmp_path: Path) -> None:
+    """mergekit is stood in for by other draws, and by a density one hundredth higher."""
+    draws, table = module("parity_random"), module("parity_table")
+
+    def other_seed(recipe: Path, out: Path) -> str:
+        merge(load_recipe(recipe), out, Settings(seed=9))
+        return ""
+
+    def other_density(recipe: Path, out: Path) -> str:
+        if "True" in out.name:
+            return "it broke"
+        other = recipe.with_name("other.yaml")
+        other.write_text(recipe.read_text(encoding="utf-8").replace("density: 0.3", "density: 0.303"), encoding="utf-8")
+        return other_seed(other, out)
+
+    results = {"cells": [], "random": list(draws.compare(tmp_path / "like", other_seed, ["della"]))}
+    assert all(table.furthest(row) < table.LIMIT for row in results["random"])
+    assert "No distributions differ: means over 1,048,576 entries" in table.markdown(results)
+    results = {"cells": [], "random": list(draws.compare(tmp_path / "unlike", other_density, ["della_linear"]))}
+    shown = table.markdown(results)
+    assert "1 of 1 distributions differ" in shown
+    assert "- `della_linear`: mergekit: it broke" in shown

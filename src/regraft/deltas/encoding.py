@@ -21,6 +21,7 @@ from regraft.checkpoint import BLOCK, TensorSource, TensorSpec
 from regraft.deltas.packing import pack, packed_size, unpack
 from regraft.deltas.record import Encoding
 from regraft.errors import UserError
+from regraft.merge.onebit import rises, stepped
 from regraft.merge.rule import Chunk, TensorInfo
 from regraft.merge.selection import OrderStatistic, task_vectors
 from regraft.methods import Options
@@ -119,11 +120,11 @@ class Bits:
 
     def write(self, write: Write, start: int, base: Tensor, model: Tensor, delta: Tensor) -> Tensor:
         """As `Dense.write`."""
-        up = delta > 0
+        up = rises(delta)
         write(f"signs/{self.name}", start // 8, pack(up))
         if start == 0:
             write(f"scale/{self.name}", 0, self._scale)
-        return added(base, _signed(up, self._scale, base.dtype), 1.0, self._dtype)
+        return added(base, stepped(up, self._scale.to(base.dtype)), 1.0, self._dtype)
 
 
 Encoder = Dense | SparseDelta | Bits
@@ -166,7 +167,7 @@ def restored(
         own = base.read(start, stop).to(wide)
         at = slice(start // 8, packed_size(stop))
         if signs is not None and factor is not None:
-            change = _signed(unpack(signs.read(at.start, at.stop), stop - start), factor, wide)
+            change = stepped(unpack(signs.read(at.start, at.stop), stop - start), factor.to(wide))
         else:
             change = delta.read(start, stop).to(wide) if delta is not None else torch.zeros_like(own)
         if marks is not None and values is not None:
@@ -194,11 +195,6 @@ def whole(parts: Parts, name: str, shape: tuple[int, ...], dtype: torch.dtype) -
         UserError: RG112 if it is not there.
     """
     return _part(parts, "whole", name, shape, dtype)
-
-
-def _signed(up: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    size = scale.to(dtype)
-    return torch.where(up, size, -size)
 
 
 def _marked(name: str, model: TensorSource, count: int) -> list[TensorSpec]:

@@ -37,6 +37,7 @@ from regraft.deltas.record import FILES, Delta, Encoding, Kind, Parent, TensorRe
 from regraft.deltas.sketch import sketch, sketched, spec
 from regraft.deltas.work import Work, check_output, each
 from regraft.errors import UserError
+from regraft.merge.onebit import takes_bits
 
 DENSITY = 0.1
 
@@ -152,7 +153,7 @@ class _Extraction:
         if self._kind == "sparse":
             kept = max(1, round(self._density * numel(model)))
             return SparseDelta(name, model, *largest(name, base, model, kept), kept)
-        if self._kind == "bits" and len(model.shape) > 1:
+        if self._kind == "bits" and takes_bits(model.shape):
             return Bits(name, model, mean)
         return Dense(name, model, odd)
 
