@@ -37,7 +37,8 @@ tall_ties_rule = partial(tall_rule, scope=lambda _: "model", order_statistics=1,
 
 class MaskOptions(TaskVectorOptions):
     tall_mask_lambda: PerModel[Annotated[float, Field(gt=0)]] = Field(
-        (0.4,), description="how much farther from a task's model the merged value must be for its mask to drop it"
+        (0.4,),
+        description="an entry is in a task's mask if it is farther from the base than so many times from the merge",
     )
 
 

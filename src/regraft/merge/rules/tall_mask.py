@@ -1,7 +1,7 @@
 """TALL masks: give each task back from one merged task vector and a mask.
 
     τ  = Σ wᵢ δᵢ                          merge, as task arithmetic
-    mₜ = 1 where |δₜ| > λₜ |τ − δₜ|        mask, per task: where the fine-tune is nearer to the merge than to the base
+    mₜ = 1 where |δₜ| > λₜ |τ − δₜ|        mask, per task: where the fine-tune is far from the base, and near the merge
     θ  = θ₀ + λ mₜ τ
 
 Use it when the task of an input is known when the model is chosen: with `task` the result is that task's model as
