@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare(folder: Path, python: Path, rules: Sequence[str], families: Sequence[str]) -> Iterator[Cell]:
     """All cells, in order."""
-    for family in families:
+    for family in families if rules else ():
         for dtype in DTYPES:
             make_models(folder / family / dtype, family, DTYPES[dtype])
     cells = [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 GROUPS = 10  # of entries of like size, as probabilities may depend on it
 # Quantity -> the power of the common factor that is in it.
-QUANTITIES = {"density": 0, "expectation": 1, "L1 norm": 1, "L2 norm": 2}
+QUANTITIES = {"density": 0, "expectation": 1, "mean size (L1)": 1, "mean square (L2)": 2}
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def _values(quantity: str, change: Tensor, direction: Tensor) -> Tensor:
     return {
         "density": (change != 0).double(),
         "expectation": change * direction,
-        "L1 norm": change.abs(),
-        "L2 norm": change.square(),
+        "mean size (L1)": change.abs(),
+        "mean square (L2)": change.square(),
     }[quantity]
 
 

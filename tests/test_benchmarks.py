@@ -310,7 +310,7 @@ def test_the_comparison_with_mergekit_sees_what_differs(tmp_path: Path) -> None:
 
 
 def test_the_comparison_of_draws_sees_another_distribution(tmp_path: Path) -> None:
-    """mergekit is stood in for by other draws, and by a density one hundredth higher."""
+    """mergekit is stood in for by other draws, and by a density of 0.32 in place of 0.3."""
     draws, table = module("parity_random"), module("parity_table")
 
     def other_seed(recipe: Path, out: Path) -> str:
@@ -321,7 +321,7 @@ def test_the_comparison_of_draws_sees_another_distribution(tmp_path: Path) -> No
         if "True" in out.name:
             return "it broke"
         other = recipe.with_name("other.yaml")
-        other.write_text(recipe.read_text(encoding="utf-8").replace("density: 0.3", "density: 0.303"), encoding="utf-8")
+        other.write_text(recipe.read_text(encoding="utf-8").replace("density: 0.3", "density: 0.32"), encoding="utf-8")
         return other_seed(other, out)
 
     results = {"cells": [], "random": list(draws.compare(tmp_path / "like", other_seed, ["della"]))}

@@ -11,9 +11,9 @@ one model for each. Without `task` no mask is applied, and the result is what al
 
 The larger `tall_mask_lambda` (λₜ), the fewer entries a mask has. The paper chooses it for each task among 0.2, 0.3,
 0.4, 0.5 and 0.6 by validation data, so sweep it; the default is the middle, FusionBench's is 0.6. Masks are of the
-unscaled sum, and `lambda` multiplies afterwards (the official code has no such factor here). One model comes back. The
-paper's masks are those of the official code; FusionBench's compare the merged task vector with weights, where the code
-that it follows compares weights with weights. `weight` is not the paper's.
+unscaled sum, and `lambda` multiplies afterwards (the official code has no such factor here). One model comes back.
+Masks are those of the paper and the official code; FusionBench takes the task vector from the base's weights where
+these take the fine-tune. `weight` is not the paper's.
 """
 
 from __future__ import annotations
