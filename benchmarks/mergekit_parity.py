@@ -3,7 +3,8 @@
     python benchmarks/mergekit_parity.py --mergekit VENV/bin/python --out benchmarks/results/parity.json
 
 makes tiny models of every family with transformers, merges them by one recipe per cell with both tools, and compares
-all entries in units of the last place. `VENV` is an environment of mergekit's own.
+all entries in units of the last place. Rules that draw are compared in distribution (`parity_random`). `VENV` is an
+environment of mergekit's own.
 
 Arithmetic in float64 shows whether both compute the same function: what is left then is one rounding. In float32 the
 results also hold the rounding errors of each tool. Entries that tie at a threshold are counted apart.
@@ -18,12 +19,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import parity_random
 import parity_table
 import torch
 import transformers
@@ -103,7 +106,8 @@ for line in sys.stdin:
     job = json.loads(line)
     try:
         config = MergeConfiguration.model_validate(yaml.safe_load(open(job["recipe"])))
-        run_merge(config, job["out"], options=MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False))
+        options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False, random_seed=1)
+        run_merge(config, job["out"], options=options)
         said = ""
     except Exception as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0][:200] or "failed"
@@ -143,30 +147,36 @@ class Cell:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mergekit", type=Path, required=True, metavar="PYTHON", help="of mergekit's environment")
-    parser.add_argument("--rules", default=",".join(CASES))
+    parser.add_argument("--rules", default=",".join((*CASES, *parity_random.RULES)))
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
     given = parser.parse_args(arguments)
     registered = {method.name for method in methods("merge")}
-    rules = [rule for rule in given.rules.split(",") if rule in registered]
+    wanted = [rule for rule in given.rules.split(",") if rule in registered]
+    rules = [rule for rule in wanted if rule in CASES]
     with tempfile.TemporaryDirectory(prefix="mergekit-parity-") as folder:
-        cells = list(compare(Path(folder), given.mergekit.absolute(), rules, given.families.split(",")))
+        python = given.mergekit.absolute()
+        cells = list(compare(Path(folder), python, rules, given.families.split(",")))
+        drawn = [rule for rule in wanted if rule in parity_random.RULES]
+        rows = list(compare_draws(Path(folder), python, drawn)) if drawn else []
         results = {
             "schema": 1,
             "date": datetime.now(timezone.utc).date().isoformat(),
-            "machine": describe(Path(folder), given.mergekit.absolute()),
+            "machine": describe(Path(folder), python),
             "cells": [asdict(cell) for cell in cells],
+            "random": rows,
         }
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     Console().print(parity_table.markdown(results), markup=False)
-    return 0 if all(cell.same for cell in cells) else 1
+    unlike = [row for row in rows if row["refused"] or parity_table.furthest(row) > parity_table.LIMIT]
+    return 0 if not unlike and all(cell.same for cell in cells) else 1
 
 
 def compare(folder: Path, python: Path, rules: Sequence[str], families: Sequence[str]) -> Iterator[Cell]:
     """All cells, in order."""
-    for family in families:
+    for family in families if rules else ():
         for dtype in DTYPES:
             make_models(folder / family / dtype, family, DTYPES[dtype])
     cells = [
@@ -178,14 +188,36 @@ def compare(folder: Path, python: Path, rules: Sequence[str], families: Sequence
         for arithmetic in ARITHMETIC
         if recipe(cell := Cell(rule, family, dtype, variant, arithmetic), ()) is not None
     ]
+    with mergekit(python) as ask:
+        for cell in track(cells, "cells", console=Console(stderr=True)):
+            yield compared(cell, folder, ask)
+
+
+def compare_draws(folder: Path, python: Path, rules: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of `parity_random` for some rules."""
+    with mergekit(python) as ask:
+        yield from parity_random.compare(folder / "draws", ask, rules)
+
+
+@contextmanager
+def mergekit(python: Path) -> Iterator[Callable[[Path, Path], str]]:
+    """`ask(recipe, out)`: have mergekit make a model, and return what kept it from that, "" if nothing did."""
     command = [str(python), "-c", DRIVER]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as peer:
-        for cell in track(cells, "cells", console=Console(stderr=True)):
-            yield compared(cell, folder, peer)
         assert peer.stdin is not None
-        peer.stdin.close()
+        assert peer.stdout is not None
+        requests, answers = peer.stdin, peer.stdout
+
+        def ask(recipe: Path, out: Path) -> str:
+            requests.write(json.dumps({"recipe": str(recipe), "out": str(out)}) + "\n")
+            requests.flush()
+            told = next(line for line in answers if line.startswith("told "))
+            return str(json.loads(told[5:]))
+
+        yield ask
+        requests.close()
 
 
 def make_models(folder: Path, family: str, dtype: torch.dtype) -> None:
@@ -243,7 +275,7 @@ def chosen_part(names: Sequence[str]) -> str:
     return max(inner, key=parts.count) if inner else "*"
 
 
-def compared(cell: Cell, folder: Path, peer: Any) -> Cell:
+def compared(cell: Cell, folder: Path, ask: Callable[[Path, Path], str]) -> Cell:
     """Both tools on one recipe."""
     here = folder / cell.family / cell.dtype
     base = load_file(here / "base" / "model.safetensors")
@@ -253,10 +285,7 @@ def compared(cell: Cell, folder: Path, peer: Any) -> Cell:
     # mergekit looks paths up from where it runs.
     absolute = here / f"{cell.file}-absolute.yaml"
     absolute.write_text(path.read_text(encoding="utf-8").replace("./", f"{here}/"), encoding="utf-8")
-    peer.stdin.write(json.dumps({"recipe": str(absolute), "out": str(theirs)}) + "\n")
-    peer.stdin.flush()
-    told = next(line for line in peer.stdout if line.startswith("told "))
-    if said := json.loads(told[5:]):
+    if said := ask(absolute, theirs):
         cell.refused = f"mergekit: {said.replace(str(here), '.')}"
         return cell
     try:

@@ -1,4 +1,4 @@
-"""The results of `mergekit_parity` as a table: a row for each rule, a column for each family."""
+"""The results of `mergekit_parity` as tables: a row for each rule, a column for each family, or for each quantity."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+# Standard errors. Among some thousand comparisons of a distribution with itself, one beyond it is a rare accident.
+LIMIT = 5.5
 
 
 def page(results: Path) -> str:
@@ -17,6 +20,9 @@ def page(results: Path) -> str:
 
 def markdown(results: Mapping[str, Any]) -> str:
     cells: Sequence[Mapping[str, Any]] = results["cells"]
+    draws = _draws(results.get("random", []))
+    if not cells:
+        return "\n".join(draws).strip()
     families = list(dict.fromkeys(cell["family"] for cell in cells))
     rules = list(dict.fromkeys(cell["rule"] for cell in cells))
     version = results["machine"].get("mergekit", {}).get("mergekit", "?")
@@ -35,7 +41,30 @@ def markdown(results: Mapping[str, Any]) -> str:
         these = [c for c in refused if c["refused"] == reason]
         which = ", ".join(dict.fromkeys(f"{c['family']} ({c['variant']})" for c in these))
         lines.append(f"- {len(these)} recipes of {which}: {reason.rstrip(':')}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *draws])
+
+
+def furthest(row: Mapping[str, Any]) -> float:
+    """The largest difference of a row, in standard errors."""
+    return max(one["sigmas"] for one in row["found"])
+
+
+def _draws(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of the rules that draw: a quantity in regraft's result / in mergekit's."""
+    compared = [row for row in rows if not row["refused"]]
+    if not compared:
+        return [f"- `{row['rule']}`: mergekit: {row['refused']}" for row in rows]
+    quantities = [one["quantity"] for one in compared[0]["found"]]
+    head = ["rule", "`rescale`", *quantities, "furthest apart"]
+    lines = ["", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in compared:
+        values = [f"{one['ours']:.4g} / {one['theirs']:.4g}" for one in row["found"]]
+        cells = [f"`{row['rule']}`", "true" if row["rescale"] else "false", *values, f"{furthest(row):.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    unlike = sum(furthest(row) > LIMIT for row in compared)
+    told = f"{unlike} of {len(compared)} distributions differ" if unlike else "No distributions differ"
+    text = f"{told}: means over {compared[0]['entries']:,} entries, the last column in standard errors (limit {LIMIT})."
+    return [*lines, "", text, *(f"- `{row['rule']}`: mergekit: {row['refused']}" for row in rows if row["refused"])]
 
 
 def _counts(cells: Sequence[Mapping[str, Any]]) -> str:

@@ -18,6 +18,8 @@ import torch
 import transformers
 
 from regraft.recipe import load_recipe
+from regraft.recipe.run import merge
+from regraft.recipe.settings import Settings
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -320,3 +322,27 @@ def test_entries_that_share_the_score_of_a_threshold_are_told_from_others() -> N
     assert int(at_threshold(apart, rows, 1).sum()) == 3
     assert at_threshold(apart, rows, 2).tolist() == [False, True, True, True, False, True]
     assert not at_threshold(apart, torch.arange(6.0).view(1, 6), 2).any()  # nothing is shared
+
+
+def test_the_comparison_of_draws_sees_another_distribution(tmp_path: Path) -> None:
+    """mergekit is stood in for by other draws, and by a density of 0.32 in place of 0.3."""
+    draws, table = module("parity_random"), module("parity_table")
+
+    def other_seed(recipe: Path, out: Path) -> str:
+        merge(load_recipe(recipe), out, Settings(seed=9))
+        return ""
+
+    def other_density(recipe: Path, out: Path) -> str:
+        if "True" in out.name:
+            return "it broke"
+        other = recipe.with_name("other.yaml")
+        other.write_text(recipe.read_text(encoding="utf-8").replace("density: 0.3", "density: 0.32"), encoding="utf-8")
+        return other_seed(other, out)
+
+    results = {"cells": [], "random": list(draws.compare(tmp_path / "like", other_seed, ["della"]))}
+    assert all(table.furthest(row) < table.LIMIT for row in results["random"])
+    assert "No distributions differ: means over 1,048,576 entries" in table.markdown(results)
+    results = {"cells": [], "random": list(draws.compare(tmp_path / "unlike", other_density, ["della_linear"]))}
+    shown = table.markdown(results)
+    assert "1 of 1 distributions differ" in shown
+    assert "- `della_linear`: mergekit: it broke" in shown

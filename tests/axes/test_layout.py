@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors import safe_open
+from transformers.pytorch_utils import Conv1D
 
 import models
 from regraft.axes import Layout, Place, layout
@@ -156,7 +158,8 @@ def test_renaming_to_another_layer_gives_the_twin_of_the_same_shape(family: str)
                 twin = found.renamed(name, other)
                 if "relative_attention_bias" not in name:  # only in the first layer of T5
                     assert shapes[twin] == shape
-                assert found.place(twin) == Place(other, place.num_layers, place.stack, "", "inside", place.part)
+                assert found.place(twin) == replace(place, layer=other)
+                assert (place.role, place.position) == ("", "inside")
                 assert found.renamed(twin, place.layer) == name
 
 
@@ -177,6 +180,16 @@ def test_roles_agree_with_the_modules_of_the_model(family: str) -> None:
         for name in shapes:
             if name.startswith(("classifier", "score", "cls_classifier", "qa_outputs", "classification_head")):
                 assert found.place(name).role == "head"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matrices_that_are_stored_transposed_are_those_of_such_modules(family: str) -> None:
+    for _, config, shapes, model in examples(family):
+        found = layout(config, shapes)
+        turned = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}
+        for name, parameter in model.named_parameters():
+            if name in shapes:
+                assert found.place(name).transposed == (id(parameter) in turned), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

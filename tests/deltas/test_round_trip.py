@@ -20,6 +20,7 @@ from regraft.checkpoint.delta_record import Delta
 from regraft.deltas import encoding
 from regraft.deltas.apply import apply, open_delta
 from regraft.deltas.extract import extract
+from regraft.merge import bitdelta
 
 MODELS = [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("bert", {})]
 
@@ -60,6 +61,14 @@ def test_heads_tied_on_one_side(tied: str, tmp_path: Path, there_and_back: Any) 
     assert back.keys() == tensors.keys()
     loaded = hf.LlamaForCausalLM.from_pretrained(tmp_path / "back")
     assert torch.equal(loaded.lm_head.weight, tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"]))
+
+
+def test_bits_are_what_the_rule_bitdelta_merges(llama: Path, there_and_back: Any) -> None:
+    back = there_and_back(llama / "base", llama / "tuned", "bits")
+    base, tuned = (load_file(llama / name / "model.safetensors") for name in ("base", "tuned"))
+    merged = bitdelta([tuned], base=base)
+    for name, tensor in back.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 1.0])

@@ -88,6 +88,11 @@ BRANCHES: dict[str, list[dict[str, Any]]] = {
     "ramplus_tl": [{"epsilon": 1e-2, "alpha": 0.9}],
     "nuslerp": [{"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
     "layer_swap": [{"match_magnitude": True}],
+    "emr": [{"task": 1}, {"task": 0, "rescaler": "tensor_means"}],
+    "tall_mask": [{"task": 1}],
+    "tall_mask_ties": [{"task": 1, "density": 0.5}],
+    "consensus_task_arithmetic": [{"k": 1}],
+    "consensus_ties": [{"k": 1, "density": 0.5}],
 }
 
 

@@ -10,6 +10,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from models import CLASSES, FAMILIES, VOCAB, save_fine_tune, save_model
+from regraft.merge import iso_cts
 from regraft.recipe import parse_recipe
 from regraft.recipe.run import merge
 
@@ -94,3 +95,22 @@ def test_half_precision_stays_and_is_rounded_once(dtype: torch.dtype, tmp_path: 
         assert value.dtype == dtype
         assert torch.equal(value, ((a[key].double() + b[key].double()) / 2).to(dtype))
     assert hf.AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "models",
+    ["models: [a, b]", "slices: [{models: [{model: a, layers: [0, 2]}, {model: b, layers: [0, 2]}]}]"],
+)
+def test_matrices_that_gpt2_stores_transposed_are_merged_the_way_round_they_are_used(
+    models: str, tmp_path: Path
+) -> None:
+    base = save_model(tmp_path / "base", "gpt2")
+    for seed, name in enumerate("ab", start=1):
+        save_fine_tune(tmp_path / name, base, seed)
+    out = merge(recipe(tmp_path, f"{{merge: iso_cts, base: base, {models}}}"), tmp_path / "out")
+    found, start, *others = (load_file(p / "model.safetensors") for p in (out, base, tmp_path / "a", tmp_path / "b"))
+    turned = [name for name in found if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))]
+    assert len(turned) == 2 * 4
+    for name in turned:
+        expected = iso_cts([other[name].T for other in others], base=start[name].T).T
+        assert torch.equal(found[name], expected), name

@@ -177,6 +177,7 @@ def test_dora_needs_a_rank(made: Callable[..., Any], family: Path) -> None:
         ("plain: P, far: O", "merge: linear, models: [plain, far]", "far and plain are adapters of different bases"),
         ("base: O2, plain: P", "merge: task_arithmetic, base: base, models: [plain]", "base is not the base"),
         ("base: B, plain: P, s: S", "merge: ties, base: base, models: [plain, s]", "add trim_scope: tensor"),
+        ("base: B, plain: P, s: S", "merge: consensus_ties, base: base, models: [plain, s]", "at once.*leave out"),
         (
             "base: B, plain: P, s: S",
             "merge: ties, base: base, models: [plain, s], trim_scope: tensor",

@@ -43,6 +43,7 @@ class Family:
         inside: names inside a layer -> "attention", "ffn" or "norm".
         prefixes: what may stand before the base model's names.
         buffers: exact names of stored constants, outside or inside a layer.
+        transposed: exact names, inside a layer, of matrices that are stored (inputs, outputs).
         tied: (alias, canonical) pairs of full names; they share one tensor where the configuration ties embeddings.
         always_tied: pairs that share one tensor whatever the configuration says.
         ties_by_default: what a missing `tie_word_embeddings` means.
@@ -58,6 +59,7 @@ class Family:
     inside: Mapping[str, str]
     prefixes: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     always_tied: tuple[tuple[str, str], ...] = ()
     ties_by_default: bool = False
@@ -119,6 +121,15 @@ GPT2 = Family(
     },
     prefixes=("transformer.",),
     buffers=("attn.bias", "attn.masked_bias", "crossattention.bias", "crossattention.masked_bias"),
+    transposed=(
+        "attn.c_attn.weight",
+        "attn.c_proj.weight",
+        "crossattention.c_attn.weight",
+        "crossattention.q_attn.weight",
+        "crossattention.c_proj.weight",
+        "mlp.c_fc.weight",
+        "mlp.c_proj.weight",
+    ),
     tied=(("lm_head.weight", "wte.weight"),),
     ties_by_default=True,
     tokens="wte.weight",

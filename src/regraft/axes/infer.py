@@ -57,6 +57,9 @@ class Inferred:
     def buffer(self, name: str) -> bool:
         return _BUFFERS.search(name) is not None
 
+    def transposed(self, rest: str) -> bool:
+        return False  # names do not tell
+
 
 def infer(config: Mapping[str, Any], names: Collection[str]) -> Inferred:
     """Stacks of layers among `names`; `config` confirms their number of layers where it can."""

@@ -61,7 +61,8 @@ class Layout:
             return self._scheme.outside(name) or Place()
         stack, _, layer, rest = split
         role = "buffer" if self._scheme.buffer(rest) else ""
-        return Place(layer, self.stacks.get(stack), stack, role, "inside", self._scheme.part(rest) or "")
+        part, transposed = self._scheme.part(rest) or "", self._scheme.transposed(rest)
+        return Place(layer, self.stacks.get(stack), stack, role, "inside", part, transposed)
 
     def renamed(self, name: str, layer: int) -> str:
         """The name of the same tensor in another layer.
@@ -166,6 +167,9 @@ class _Table:
 
     def buffer(self, name: str) -> bool:
         return any(bare in self._family.buffers for _, bare in self._bare(name))
+
+    def transposed(self, rest: str) -> bool:
+        return rest in self._family.transposed
 
     def tied(self, config: Mapping[str, Any], names: Collection[str]) -> tuple[tuple[str, str], ...]:
         """The pairs that are one tensor here. Where only the alias is stored, the pair is the other way round."""

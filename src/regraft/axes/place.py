@@ -17,6 +17,7 @@ class Place:
         role: outside the layers "embedding", "head", "norm"; "buffer" for a stored constant; else "".
         position: "before" or "after" the layers, or "inside" (also for what lies beside them).
         part: inside a layer "attention", "ffn", "norm"; "" if that is not known.
+        transposed: whether a matrix is stored (inputs, outputs) instead of (outputs, inputs).
     """
 
     layer: int | None = None
@@ -25,6 +26,7 @@ class Place:
     role: str = ""
     position: str = "inside"
     part: str = ""
+    transposed: bool = False
 
 
 class Scheme(Protocol):
@@ -44,6 +46,10 @@ class Scheme(Protocol):
 
     def buffer(self, name: str) -> bool:
         """Whether a name (within a layer, or outside) is that of a stored constant."""
+        ...
+
+    def transposed(self, rest: str) -> bool:
+        """Whether a tensor of a layer is a matrix that is stored (inputs, outputs)."""
         ...
 
     def bare(self, name: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regraft.checkpoint.onebit import stepped
 from regraft.checkpoint.packing import pack_mask, packed_size, unpack
 from regraft.checkpoint.tensor import BLOCK, TensorSource, numel
 from regraft.errors import UserError
@@ -80,7 +81,7 @@ class DeltaTensor:
         own = self._base.read(start, stop).to(self._wide)
         if self._signs is not None and self._size is not None:
             up = _bits(self._signs, start, stop)
-            return added(own, signed(up, self._size.read(), self._wide), self._scale, self.dtype)
+            return added(own, stepped(up, self._size.read().to(self._wide)), self._scale, self.dtype)
         if self._delta is not None:
             change = self._delta.read(start, stop).to(self._wide, copy=True)
         else:
@@ -138,12 +139,6 @@ def whole(parts: Parts, name: str, shape: tuple[int, ...], dtype: torch.dtype) -
         UserError: RG112 if it is not there.
     """
     return part(parts, "whole", name, shape, dtype)
-
-
-def signed(up: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
-    """`size` where `up`, else -`size`."""
-    size = size.to(dtype)
-    return torch.where(up, size, -size)
 
 
 def part(parts: Parts, kind: str, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> TensorSource:

@@ -62,10 +62,10 @@ def describe(method: Method) -> dict[str, Any]:
 
 def option_facts(method: Method) -> list[dict[str, Any]]:
     """Name, allowed values, default and meaning of each option; `per_model`: whether each model may have its own."""
-    from regraft.merge.rule import per_model_fields
+    from regraft.merge.rule import one_model_fields, per_model_fields
 
     schema = method.options.model_json_schema(by_alias=True)
-    per_model = per_model_fields(method.options)
+    per_model, one_of = per_model_fields(method.options), one_model_fields(method.options)
     required = set(schema.get("required", ()))
     facts = []
     for name, value in schema.get("properties", {}).items():
@@ -76,7 +76,7 @@ def option_facts(method: Method) -> list[dict[str, Any]]:
         facts.append(
             {
                 "name": name,
-                "values": _values(one, schema.get("$defs", {})),
+                "values": "one of the models" if name in one_of else _values(one, schema.get("$defs", {})),
                 "default": default,
                 "required": name in required,
                 "per_model": name in per_model,

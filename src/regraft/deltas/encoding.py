@@ -17,7 +17,8 @@ from torch import Tensor
 
 from regraft.checkpoint import TensorSource, TensorSpec
 from regraft.checkpoint.delta_record import Encoding
-from regraft.checkpoint.delta_tensor import added, arithmetic, signed, slices
+from regraft.checkpoint.delta_tensor import added, arithmetic, slices
+from regraft.checkpoint.onebit import rises, stepped
 from regraft.checkpoint.packing import pack, packed_size
 from regraft.merge.rule import Chunk, TensorInfo
 from regraft.merge.selection import OrderStatistic, task_vectors
@@ -100,11 +101,11 @@ class Bits:
 
     def write(self, write: Write, start: int, base: Tensor, model: Tensor, delta: Tensor) -> Tensor:
         """As `Dense.write`."""
-        up = delta > 0
+        up = rises(delta)
         write(f"signs/{self.name}", start // 8, pack(up))
         if start == 0:
             write(f"scale/{self.name}", 0, self._scale)
-        return added(base, signed(up, self._scale, base.dtype), 1.0, self._dtype)
+        return added(base, stepped(up, self._scale.to(base.dtype)), 1.0, self._dtype)
 
 
 class Whole:

@@ -32,6 +32,7 @@ from regraft.checkpoint.delta_sketch import spec as sketch_spec
 from regraft.checkpoint.delta_tensor import added, arithmetic, slices
 from regraft.checkpoint.job_folder import JobFolder
 from regraft.checkpoint.licences import combine
+from regraft.checkpoint.onebit import takes_bits
 from regraft.checkpoint.output import remove
 from regraft.checkpoint.sidecars import changed_config, copy_licences, copy_sidecars
 from regraft.checkpoint.surroundings import settle_up_to_date, surroundings
@@ -143,7 +144,7 @@ def _survey(pair: Pair, kind: Kind, density: float, job: JobFolder, work: Work) 
             kept = max(1, round(density * numel(model)))
             threshold, above = largest(pair.name, base, model, kept)
             return {"encoding": "sparse", "threshold": threshold, "above": above, "kept": kept}
-        if kind == "bits" and len(model.shape) > 1:
+        if kind == "bits" and takes_bits(model.shape):
             return {"encoding": "bits", "scale": mean}
         return {"encoding": "dense", "odd": odd}
 

@@ -1,21 +1,29 @@
-"""Model Breadcrumbs (arXiv:2312.06795): the masks that the two breadcrumbs rules have in common."""
+"""Model Breadcrumbs (arXiv:2312.06795): the masks and the registration that the two breadcrumbs rules share."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from regraft.merge.consensus import Density, TaskVectorOptions
-from regraft.merge.rule import PerModel, Unit
+from regraft.merge.rule import REQUIRED, PerModel, Unit, rule
 from regraft.merge.sparsify import Stage, middle, norms_restored
 from regraft.methods import Paper
 
-BREADCRUMBS = Paper(
+_BREADCRUMBS = Paper(
     "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks",
     "Davari, Belilovsky",
     "ECCV 2024",
     "2312.06795",
+)
+crumbs_rule = partial(
+    rule,
+    needs_base=True,
+    order_statistics=2,
+    papers=[_BREADCRUMBS],
+    mergekit_defaults={"weight": REQUIRED, "density": 1.0},
 )
 
 

@@ -1,9 +1,10 @@
-"""Drop And REscale (arXiv:2311.03099): the step that the DARE rules have in common."""
+"""Drop And REscale (arXiv:2311.03099): the step and the registration that the DARE rules share."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,16 +12,23 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from regraft.merge.consensus import Density, TaskVectorOptions
-from regraft.merge.rule import PerModel, Unit
+from regraft.merge.rule import REQUIRED, PerModel, Unit, rule
 from regraft.merge.sparsify import Stage, drawn, norms_restored
 from regraft.methods import Paper
 
-DARE = Paper(
+_DARE = Paper(
     "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
     "Yu, Yu, Yu, Huang, Li",
     "ICML 2024",
     "2311.03099",
     60,
+)
+dare_rule = partial(
+    rule,
+    needs_base=True,
+    papers=[_DARE],
+    mergekit_defaults={"weight": REQUIRED, "density": 1.0, "rescale": "l1"},
+    mergekit_values={"rescale": {True: "l1", False: "none"}},
 )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from regraft.checkpoint.tensor import BLOCK, TensorSource
 from regraft.errors import UserError
-from regraft.merge.rule import Rule, TensorInfo
+from regraft.merge.rule import Rule, TensorInfo, field_names
 from regraft.merge.selection import table_bytes
 from regraft.methods import Options
 
@@ -94,6 +94,11 @@ def group(jobs: Sequence[Job]) -> list[list[Job]]:
     return units
 
 
+def scope_option(rule: Rule[Any]) -> str | None:
+    """The option by which a rule decides on single tensors, such as `trim_scope`; None if it has no choice."""
+    return next((name for name in field_names(rule.options) if name.endswith("scope")), None)
+
+
 def _check_same(unit: list[Job], job: Job) -> None:
     if not unit:
         return
@@ -101,15 +106,15 @@ def _check_same(unit: list[Job], job: Job) -> None:
     assert rule is not None
     if len(job.models) != len(first.models):
         what = f"{rule.name} looks at the whole model, but {job.info.name} has {len(job.models)} models"
-        raise UserError(
-            "RG303", what, where=f"{first.info.name} has {len(first.models)}", fix="set its scope to tensor"
-        )
+        fix = "set its scope to tensor" if scope_option(rule) else "give all slices as many models"
+        raise UserError("RG303", what, where=f"{first.info.name} has {len(first.models)}", fix=fix)
     for name in rule.model_wide:
         here, there = getattr(job.options, name), getattr(first.options, name)
         if here != there:
             what = f"{rule.name} looks at the whole model, but {name} varies: {there} and {here}"
             where = f"{first.info.name} and {job.info.name}"
-            raise UserError("RG303", what, where=where, fix=f"use one {name}, or set the rule's scope to tensor")
+            otherwise = ", or set the rule's scope to tensor" if scope_option(rule) else ""
+            raise UserError("RG303", what, where=where, fix=f"use one {name}{otherwise}")
 
 
 def usable_device(name: str) -> torch.device:

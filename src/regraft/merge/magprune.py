@@ -1,22 +1,31 @@
-"""Drop by magnitude (MagPrune, arXiv:2406.11617): the step that the DELLA rules have in common."""
+"""Drop by magnitude (MagPrune, arXiv:2406.11617): the step and the registration that the DELLA rules share."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from regraft.merge.consensus import Density, TaskVectorOptions
-from regraft.merge.rule import PerModel, Unit
+from regraft.merge.rule import REQUIRED, PerModel, Unit, rule
 from regraft.merge.sparsify import Stage, norms_restored, ranked
 from regraft.methods import Paper
 
-DELLA = Paper(
+_DELLA = Paper(
     "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
     "Deep, Bhardwaj, Poria",
     "2024",
     "2406.11617",
+)
+della_rule = partial(
+    rule,
+    needs_base=True,
+    span=lambda _: "rows",
+    papers=[_DELLA],
+    mergekit_defaults={"weight": REQUIRED, "density": 1.0, "rescale": "l1"},
+    mergekit_values={"rescale": {True: "l1", False: "none"}},
 )
 
 

@@ -56,6 +56,21 @@ def _as_tuple(value: Any) -> Any:
 PerModel = Annotated[tuple[T, ...], BeforeValidator(_as_tuple), PER_MODEL]
 
 
+class _OneModel:
+    """Marks an option that is one of the models: in a recipe by its name, in Python by its place among them, from 0."""
+
+
+ONE_MODEL = _OneModel()
+
+# `task: OneModel = Field(None, ge=0, description=...)`: None for none of them.
+OneModel = Annotated[int | None, ONE_MODEL]
+
+
+def one_model_fields(options: type[Options]) -> set[str]:
+    """Names (aliases, as users write them) of the options that are one of the models."""
+    return {f.alias or name for name, f in options.model_fields.items() if ONE_MODEL in f.metadata}
+
+
 def per_model_fields(options: type[Options]) -> set[str]:
     """Names (aliases, as users write them) of the options that have one value per model."""
     return {f.alias or name for name, f in options.model_fields.items() if PER_MODEL in f.metadata}
@@ -71,7 +86,8 @@ class TensorInfo:
     """What a rule may know of a tensor beside its values.
 
     `layer` counts from 0 at the input within its `stack` of `num_layers` ("" for the only stack, else "encoder",
-    "decoder", "vision", ...); None outside the layers. `role` is "embedding", "head", "norm" or "".
+    "decoder", "vision", ...); None outside the layers. `role` is "embedding", "head", "norm" or "". A matrix is
+    (outputs, inputs), or (inputs, outputs) if it is `transposed`.
     """
 
     name: str
@@ -80,6 +96,7 @@ class TensorInfo:
     num_layers: int | None = None
     stack: str = ""
     role: str = ""
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -103,7 +120,7 @@ class TensorInfo:
         """The tensor `name` of a model with this layout. Outside the layers `num_layers` is that of its stack."""
         place = layout.place(name)
         depth = place.num_layers or layout.stacks.get(place.stack) or next(iter(layout.stacks.values()), None)
-        return cls(name, shape, place.layer, depth, place.stack, place.role)
+        return cls(name, shape, place.layer, depth, place.stack, place.role, place.transposed)
 
 
 class Chunk(Generic[O]):
@@ -256,7 +273,7 @@ class Rule(Method, Generic[O]):
             if name not in public and name not in public.values():
                 raise UserError("RG302", f"{self.name} has no option {name!r}", where=where, fix=nearest(name, public))
         spread = {}
-        per_model = per_model_fields(self.options)
+        per_model, one_of = per_model_fields(self.options), one_model_fields(self.options)
         for public_name, attribute in public.items():
             given = values.get(public_name, values.get(attribute, _ABSENT))
             if public_name in per_model:
@@ -271,12 +288,17 @@ class Rule(Method, Generic[O]):
                 given = given * n if len(given) == 1 else given
             if given is not _ABSENT:
                 spread[public_name] = given
+            if public_name in one_of and isinstance(given, int) and given >= n:
+                what = f"{public_name} is {given}, and there are {n} models, counted from 0"
+                raise UserError("RG303", what, where=where or self.name, fix=f"give a number below {n}")
         try:
             return self.options(**spread)  # type: ignore[return-value]
         except ValidationError as error:
             first = error.errors()[0]
-            option = str(first["loc"][0]) if first["loc"] else self.name
             detail = first["msg"].removeprefix("Value error, ")
+            if not first["loc"]:  # about several options
+                raise UserError("RG303", detail, where=where or self.name, fix="change one of them") from None
+            option = str(first["loc"][0])
             if first["type"] == "missing":
                 raise UserError(
                     "RG303", f"{self.name} needs {option!r}", where=where, fix=f"add {option}: ..."

@@ -1,8 +1,8 @@
-"""Rules that take task vectors for matrices: which tensors are matrices, and what the singular value rules share.
+"""Rules that take task vectors for matrices: how they are registered, and what the singular value rules share.
 
 A matrix is a tensor of two axes inside or beside the layers; embeddings, heads and norms are not, nor are convolutions
 and experts that are stored in one tensor of three axes. All else gets the mean of the task vectors, as in the official
-code of these methods.
+code of these methods. Matrices are seen as (outputs, inputs), however they are stored.
 
 Directions in which a matrix has no singular value are not unique: what the decomposition gives for them depends on the
 library. They are left out here, where official code takes them along. A singular value counts as none up to the
@@ -12,21 +12,22 @@ rounding of the decomposition, `eps · longer side · largest`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from regraft.merge.consensus import TaskVectorOptions, added, changed
-from regraft.merge.rule import Chunk, Combine
+from regraft.merge.rule import Chunk, Combine, Rule, Unit, rule
 from regraft.methods import Paper
 
 O = TypeVar("O", bound=TaskVectorOptions)  # noqa: E741
 
 # Tensors that these rules hold beside those per model: a decomposition with its workspace takes seven, and what is kept
 # of others meanwhile (the common space, what it leaves of a task) up to four.
-ROWS_BESIDE = 11
+_ROWS_BESIDE = 11
 
 ISOTROPIC = Paper(
     "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
@@ -36,12 +37,34 @@ ISOTROPIC = Paper(
 )
 
 
-def by_matrix(merge: Callable[[Tensor, O], Tensor]) -> Combine:
-    """The last pass: `base + lambda * merge(weighted task vectors (n, rows, columns), options)`, else their mean.
+def matrix_rule(
+    *, summary: str, options: type[O], papers: Sequence[Paper]
+) -> Callable[[Callable[[Tensor, O], Tensor]], Rule[O]]:
+    """Register a rule that merges matrices: weighted task vectors (n, outputs, inputs), options -> (outputs, inputs).
 
-    The rule must have the span "matrices".
+    The rule is `base + lambda * merged`, with the mean of the weighted task vectors where a tensor is no matrix.
     """
 
+    def decorate(merge: Callable[[Tensor, O], Tensor]) -> Rule[O]:
+        @wraps(merge)
+        def last_pass(unit: Unit[O]) -> Combine:
+            return _by_matrix(merge)
+
+        register = rule(
+            summary=summary,
+            options=options,
+            papers=papers,
+            needs_base=True,
+            span=lambda _: "matrices",
+            rows_beside=_ROWS_BESIDE,
+            in_mergekit=False,
+        )
+        return register(last_pass)
+
+    return decorate
+
+
+def _by_matrix(merge: Callable[[Tensor, O], Tensor]) -> Combine:
     def combine(c: Chunk[Any]) -> Tensor:
         o: O = c.options
         tasks = c.deltas if all(w == 1 for w in o.weight) else c.deltas * c.per_model(o.weight)
@@ -49,7 +72,11 @@ def by_matrix(merge: Callable[[Tensor, O], Tensor]) -> Combine:
             return changed(c.base, added(tasks) / c.n, o.lambda_)
         if not bool(tasks.isfinite().all()):  # no decomposition takes them
             return torch.full_like(c.base, math.nan)
-        merged = merge(tasks.view(c.n, *c.info.shape), o)
+        matrices = tasks.view(c.n, *c.info.shape)
+        if c.info.transposed:
+            merged = merge(matrices.transpose(1, 2).contiguous(), o).T
+        else:
+            merged = merge(matrices, o)
         return changed(c.base, merged.reshape(-1), o.lambda_)
 
     return combine

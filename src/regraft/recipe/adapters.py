@@ -11,8 +11,8 @@ from regraft.adapters.merged import Combination, Computing
 from regraft.checkpoint import Checkpoint, Ref, parse_ref
 from regraft.checkpoint.model import open_local
 from regraft.errors import UserError
-from regraft.merge.jobs import Job
-from regraft.merge.rule import Rule, field_names
+from regraft.merge.jobs import Job, scope_option
+from regraft.merge.rule import Rule
 from regraft.recipe.document import MergeStep
 from regraft.recipe.fit import Member
 from regraft.recipe.planned import PlannedCheckpoint
@@ -41,8 +41,8 @@ def combine_adapters(
     for job in jobs:
         if job.scope != "tensor":
             what = f"{rule.name} looks at the whole model at once, and adapters are merged tensor by tensor"
-            option = next((name for name in field_names(rule.options) if name.endswith("scope")), "scope")
-            raise UserError("RG309", what, where=step.where, fix=f"add {option}: tensor")
+            option = scope_option(rule)
+            raise UserError("RG309", what, where=step.where, fix=f"add {option}: tensor" if option else fix)
         fixed = job.rule is None or (rule.combination is not None and rule.combination(job.options) is not None)
         if not fixed and not rule.needs_base:
             why = "changes the base itself, which an adapter leaves as it is"

@@ -102,8 +102,8 @@ class Builder:
                 if theirs.place(name).layer != starts[0] + index:
                     continue
                 reference = first.checkpoint.tensors[name]
-                out, role = theirs.renamed(name, offset + index), theirs.place(name).role
-                info = TensorInfo(out, reference.shape, offset + index, total, stack, role)
+                out, place = theirs.renamed(name, offset + index), theirs.place(name)
+                info = TensorInfo(out, reference.shape, offset + index, total, stack, place.role, place.transposed)
                 depth = index / (length - 1) if length > 1 else 1.0
                 yield self._job(info, name, reference, piece, depth, [start + index for start in starts])
 

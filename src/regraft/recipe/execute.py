@@ -27,7 +27,7 @@ from regraft.errors import UserError, UserWarningMessage
 from regraft.merge.diagnostics import TaskVectorStatistics
 from regraft.merge.engine import Outcome, run_jobs
 from regraft.recipe.document import Recipe
-from regraft.recipe.merge_plan import MergePlan
+from regraft.recipe.merge_plan import MergePlan, options_of
 from regraft.recipe.progress import Progress
 from regraft.recipe.settings import Settings
 
@@ -133,7 +133,7 @@ def _readable() -> Iterator[None]:
 def begin(plan: MergePlan, recipe: Recipe) -> Lineage:
     """What is known of a merge before it is done."""
     roles = {plan.base.name: "base"} if plan.base is not None else {}
-    merged = {j.info.name: j.options.model_dump(mode="json", by_alias=True) for j in plan.jobs if j.rule and j.options}
+    merged = {j.info.name: options for j in plan.jobs if (options := options_of(j)) is not None}
     copied = [j.info.name for j in plan.jobs if j.rule is None]
     return Lineage(
         step=plan.step.name,

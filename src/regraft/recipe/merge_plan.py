@@ -19,7 +19,7 @@ from regraft.checkpoint.tensor import nbytes
 from regraft.checkpoint.writer import TensorSpec, size_on_disk
 from regraft.errors import UserError
 from regraft.merge.jobs import Job, group
-from regraft.merge.rule import Rule
+from regraft.merge.rule import Rule, one_model_fields
 from regraft.methods import method
 from regraft.recipe.adapters import combine_adapters
 from regraft.recipe.build import Builder, Piece
@@ -32,7 +32,7 @@ from regraft.recipe.special_tokens import config_changes, generation_changes
 from regraft.recipe.vocabulary import Vocabulary, plan_vocabulary
 
 # Counts up when the same plan would give other weights, so that cached artefacts are not taken for current ones.
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass
@@ -110,7 +110,7 @@ class MergePlan:
         """The resolved options, tensors with equal ones together, in order of the model."""
         rows: list[dict[str, Any]] = []
         for job in self.jobs:
-            options = job.options.model_dump(mode="json", by_alias=True) if job.rule and job.options else None
+            options = options_of(job)
             if rows and rows[-1]["options"] == options:
                 row = rows[-1]
                 row["tensors"] += 1
@@ -132,6 +132,17 @@ class MergePlan:
                     }
                 )
         return rows
+
+
+def options_of(job: Job) -> dict[str, Any] | None:
+    """The resolved options of a job as plans and records tell them, models by their names; None if it is a copy."""
+    if job.rule is None or job.options is None:
+        return None
+    options = job.options.model_dump(mode="json", by_alias=True)
+    for name in one_model_fields(type(job.options)):
+        if options[name] is not None:
+            options[name] = job.labels[options[name]]
+    return options
 
 
 def plan_merge(

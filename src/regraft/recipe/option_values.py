@@ -8,7 +8,7 @@ once, or on the model, is checked by the plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from regraft.checkpoint.paths import shown
 from regraft.errors import nearest
-from regraft.merge.rule import Rule, field_names, per_model_fields
+from regraft.merge.rule import Rule, field_names, one_model_fields, per_model_fields
 from regraft.methods import Method, Options
 from regraft.recipe.document import Condition, Setting
 from regraft.recipe.fields import Field
@@ -24,10 +24,11 @@ from regraft.recipe.fields import Field
 
 @dataclass(frozen=True, eq=False)
 class OptionReader:
-    """Reads settings of one method, in one dialect."""
+    """Reads settings of one method, in one dialect. `models` are those of the merge, by the names it gives them."""
 
     method: Method
     dialect: str = "regraft"
+    models: Collection[str] = ()
 
     @property
     def names(self) -> dict[str, str]:
@@ -86,6 +87,11 @@ class OptionReader:
             raise item.error("RG303", f"{name} has no value", "give one, or leave the key out")
         if isinstance(value, float) and not math.isfinite(value):
             raise item.error("RG303", f"{name} is {value}", "give a finite number")
+        if name in one_model_fields(self.method.options):
+            if value not in self.models:
+                what = f"{name} is {shown(value, 60)}, which is not among the models of this merge"
+                raise item.error("RG303", what, nearest(str(value), self.models))
+            return value
         translated = self._translated(name, value)
         if isinstance(translated, bool) and bool not in value_types(self.method.options, self.names[name]):
             raise item.error("RG303", f"{name} is {value}", "give a value, not true or false")

@@ -11,6 +11,7 @@ here, where its line is known; what depends on the models themselves is left to 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from regraft.adapters.factors import Truncation
@@ -133,6 +134,7 @@ class _Merge:
             raise self.body.error("RG303", f"the step has {found}", "give one of them")
         inputs, slices, base, n = self._inputs()
         groups = [s.inputs for s in slices] or [inputs]
+        self.reader = replace(self.reader, models=[i.model for group in groups for i in group])
         own = {k: v for k, v in self.items.items() if k in self.reader.names and k not in MERGE_KEYS}
         settings = self.reader.settings(own, n)
         members = [Member()]
@@ -236,7 +238,8 @@ class _Merge:
             inputs = tuple(self._slice_input(e, n) for e in listed)
             _check_lengths(items["models"], inputs)
             wide = {k: v for k, v in items.items() if k not in ("models", "base")}
-            slices.append(Slice(inputs, None, self.reader.settings(wide, n)))
+            reader = replace(self.reader, models=[i.model for i in inputs])
+            slices.append(Slice(inputs, None, reader.settings(wide, n)))
             counts.append(n)
         if len(set(counts)) > 1:
             what = f"the slices have different numbers of models ({', '.join(map(str, counts))})"

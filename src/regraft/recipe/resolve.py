@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from regraft.errors import UserError
-from regraft.merge.rule import REQUIRED, Rule, field_names, per_model_fields
+from regraft.errors import UserError, nearest
+from regraft.merge.rule import REQUIRED, Rule, field_names, one_model_fields, per_model_fields
 from regraft.methods import Options
 from regraft.recipe.document import Input, Setting
 
@@ -43,7 +43,7 @@ class Resolver:
         self.rule, self.where = rule, where
         self._dialect, self._seed = dialect, seed
         self._attributes = field_names(rule.options)
-        self._per_model = per_model_fields(rule.options)
+        self._per_model, self._one_of = per_model_fields(rule.options), one_model_fields(rule.options)
         self._resolved: dict[str, Options] = {}
         self._used: set[int] = set()
         self._filters: dict[int, str] = {}
@@ -81,7 +81,7 @@ class Resolver:
                 value = self._seed
             if value is not _MISSING:
                 self._require(option, name, inputs, [value])
-                values[option] = value
+                values[option] = self._place(option, name, value, inputs) if option in self._one_of else value
         key = repr(values)
         if key not in self._resolved:
             self._resolved[key] = self.rule.resolve(len(inputs), values, where=f"{self.where}, {name}")
@@ -110,6 +110,14 @@ class Resolver:
                     if found is _MISSING:
                         found = self._translate(option, interpolate(condition.value, depth))
         return found
+
+    def _place(self, option: str, name: str, model: str, inputs: Sequence[Input]) -> int:
+        """Which of the models one is, from 0; RG303 if a slice does without it."""
+        models = [i.model for i in inputs]
+        if model not in models:
+            what = f"{option} is {model!r}, which is not among the models here"
+            raise UserError("RG303", what, where=f"{self.where}, {name}", fix=nearest(model, models))
+        return models.index(model)
 
     def _translate(self, option: str, value: Any) -> Any:
         if self._dialect == "mergekit":

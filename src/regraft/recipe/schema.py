@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regraft.errors import UserError, nearest
-from regraft.merge.rule import REQUIRED, Rule, per_model_fields
+from regraft.merge.rule import REQUIRED, Rule, one_model_fields, per_model_fields
 from regraft.methods import ROOMS, Method, methods
 from regraft.recipe import mergekit, own, tokens
 from regraft.recipe.chat_templates import TEMPLATES
@@ -216,6 +216,8 @@ def _values(method: Method, shared: dict[str, Any], dialect: str = "regraft") ->
             value = {**_items(value), **{k: v for k, v in value.items() if k in ("description", "default")}}
             if isinstance(value.get("default"), list):
                 value["default"] = value["default"][0]
+        if name in one_model_fields(method.options):
+            value = {**_TEXT, "description": value["description"]}
         if dialect == "mergekit" and isinstance(method, Rule):
             value = _as_in_mergekit(method, name, value)
         found[name] = value

@@ -15,17 +15,13 @@ no outlier is dropped (100 entries or fewer, at its default `gamma`), a slip tha
 from __future__ import annotations
 
 from regraft.merge.consensus import onto_base, total
-from regraft.merge.crumbs import BREADCRUMBS, BreadcrumbsOptions, masked
-from regraft.merge.rule import REQUIRED, Steps, Unit, rule
+from regraft.merge.crumbs import BreadcrumbsOptions, crumbs_rule, masked
+from regraft.merge.rule import Steps, Unit
 
 
-@rule(
+@crumbs_rule(
     summary="drop the largest and the smallest changes, sum the rest",
     options=BreadcrumbsOptions,
-    needs_base=True,
-    order_statistics=2,
-    papers=[BREADCRUMBS],
-    mergekit_defaults={"weight": REQUIRED, "density": 1.0},
 )
 def breadcrumbs(unit: Unit[BreadcrumbsOptions]) -> Steps:
     sparse = yield from masked(unit)

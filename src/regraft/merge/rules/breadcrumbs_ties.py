@@ -17,21 +17,17 @@ from __future__ import annotations
 from pydantic import Field
 
 from regraft.merge.consensus import elected, onto_base
-from regraft.merge.crumbs import BREADCRUMBS, BreadcrumbsOptions, masked
-from regraft.merge.rule import REQUIRED, Steps, Unit, rule
+from regraft.merge.crumbs import BreadcrumbsOptions, crumbs_rule, masked
+from regraft.merge.rule import Steps, Unit
 
 
 class BreadcrumbsTiesOptions(BreadcrumbsOptions):
     normalize: bool = Field(False, description="mean instead of sum of the values that agree")
 
 
-@rule(
+@crumbs_rule(
     summary="drop the largest and the smallest changes, sum what agrees in sign",
     options=BreadcrumbsTiesOptions,
-    needs_base=True,
-    order_statistics=2,
-    papers=[BREADCRUMBS],
-    mergekit_defaults={"weight": REQUIRED, "density": 1.0},
 )
 def breadcrumbs_ties(unit: Unit[BreadcrumbsTiesOptions]) -> Steps:
     sparse = yield from masked(unit)

@@ -12,17 +12,13 @@ see `dare_linear`.
 from __future__ import annotations
 
 from regraft.merge.consensus import elected, onto_base
-from regraft.merge.dare import DARE, DareOptions, rescaled, sparse_before
-from regraft.merge.rule import REQUIRED, Steps, Unit, rule
+from regraft.merge.dare import DareOptions, dare_rule, rescaled, sparse_before
+from regraft.merge.rule import Steps, Unit
 
 
-@rule(
+@dare_rule(
     summary="drop task-vector entries at random and rescale, then sum what agrees in sign",
     options=DareOptions,
-    needs_base=True,
-    papers=[DARE],
-    mergekit_defaults={"weight": REQUIRED, "density": 1.0, "rescale": "l1"},
-    mergekit_values={"rescale": {True: "l1", False: "none"}},
 )
 def dare_ties(unit: Unit[DareOptions]) -> Steps:
     sparse = yield from rescaled(unit)

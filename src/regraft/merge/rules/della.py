@@ -17,22 +17,17 @@ from __future__ import annotations
 from pydantic import Field
 
 from regraft.merge.consensus import elected, onto_base
-from regraft.merge.magprune import DELLA, DellaOptions, dropped
-from regraft.merge.rule import REQUIRED, Steps, Unit, rule
+from regraft.merge.magprune import DellaOptions, della_rule, dropped
+from regraft.merge.rule import Steps, Unit
 
 
 class DellaElectOptions(DellaOptions):
     normalize: bool = Field(True, description="mean instead of sum of the values that agree")
 
 
-@rule(
+@della_rule(
     summary="drop task-vector entries at random, small ones more often, then average what agrees in sign",
     options=DellaElectOptions,
-    needs_base=True,
-    span=lambda _: "rows",
-    papers=[DELLA],
-    mergekit_defaults={"weight": REQUIRED, "density": 1.0, "rescale": "l1"},
-    mergekit_values={"rescale": {True: "l1", False: "none"}},
 )
 def della(unit: Unit[DellaElectOptions]) -> Steps:
     sparse = yield from dropped(unit)

@@ -11,22 +11,17 @@ from __future__ import annotations
 from pydantic import Field
 
 from regraft.merge.consensus import onto_base, total
-from regraft.merge.magprune import DELLA, DellaOptions, dropped
-from regraft.merge.rule import REQUIRED, Steps, Unit, rule
+from regraft.merge.magprune import DellaOptions, della_rule, dropped
+from regraft.merge.rule import Steps, Unit
 
 
 class DellaLinearOptions(DellaOptions):
     normalize: bool = Field(False, description="divide the sum of task vectors by the sum of the weights")
 
 
-@rule(
+@della_rule(
     summary="drop task-vector entries at random, small ones more often, then sum",
     options=DellaLinearOptions,
-    needs_base=True,
-    span=lambda _: "rows",
-    papers=[DELLA],
-    mergekit_defaults={"weight": REQUIRED, "density": 1.0, "rescale": "l1"},
-    mergekit_values={"rescale": {True: "l1", False: "none"}},
 )
 def della_linear(unit: Unit[DellaLinearOptions]) -> Steps:
     sparse = yield from dropped(unit)

@@ -20,23 +20,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from regraft.merge.consensus import TaskVectorOptions, added
-from regraft.merge.rule import Combine, Unit, rule
-from regraft.merge.spectral import ISOTROPIC, ROWS_BESIDE, by_matrix, polar
+from regraft.merge.spectral import ISOTROPIC, matrix_rule, polar
 
 
-@rule(
-    summary="sum the task vectors, then make all singular values equal",
-    options=TaskVectorOptions,
-    needs_base=True,
-    span=lambda _: "matrices",
-    rows_beside=ROWS_BESIDE,
-    in_mergekit=False,
-    papers=[ISOTROPIC],
+@matrix_rule(
+    summary="sum the task vectors, then make all singular values equal", options=TaskVectorOptions, papers=[ISOTROPIC]
 )
-def iso_c(unit: Unit[TaskVectorOptions]) -> Combine:
-    return by_matrix(_merged)
-
-
-def _merged(tasks: Tensor, o: TaskVectorOptions) -> Tensor:
+def iso_c(tasks: Tensor, o: TaskVectorOptions) -> Tensor:
     directions, sizes = polar(added(tasks))
     return directions * sizes.mean()

@@ -12,9 +12,9 @@ axes but for embeddings and heads; all else is θ₀ + λ · mean(δᵢ).
 
 This is what the paper and FusionBench compute, whose code fails where n · s is rounded above r; here s is then lower.
 Directions in which a matrix has no singular value are left out, as in `iso_c`, and a direction that several tasks have
-exactly in common is counted once. What lies in the common space is removed from the left only, so a layer that is
-stored transposed (GPT-2) gives another result. `weight` is not the paper's. Whole matrices are in memory, as many as
-there are workers.
+exactly in common is counted once. What lies in the common space is removed from the left only, the side of a layer's
+outputs; layers that are known to be stored transposed (GPT-2) are turned round first. `weight` is not the paper's.
+Whole matrices are in memory, as many as there are workers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from regraft.merge.consensus import TaskVectorOptions, added
-from regraft.merge.rule import Combine, Unit, rule
-from regraft.merge.spectral import ISOTROPIC, ROWS_BESIDE, by_matrix, leading, polar, tolerance
+from regraft.merge.spectral import ISOTROPIC, leading, matrix_rule, polar, tolerance
 
 
 class IsoCtsOptions(TaskVectorOptions):
@@ -34,20 +33,12 @@ class IsoCtsOptions(TaskVectorOptions):
     )
 
 
-@rule(
+@matrix_rule(
     summary="directions of the sum and of each task's own, made orthogonal and equally large",
     options=IsoCtsOptions,
-    needs_base=True,
-    span=lambda _: "matrices",
-    rows_beside=ROWS_BESIDE,
-    in_mergekit=False,
     papers=[ISOTROPIC],
 )
-def iso_cts(unit: Unit[IsoCtsOptions]) -> Combine:
-    return by_matrix(_merged)
-
-
-def _merged(tasks: Tensor, o: IsoCtsOptions) -> Tensor:
+def iso_cts(tasks: Tensor, o: IsoCtsOptions) -> Tensor:
     n, most = len(tasks), min(tasks.shape[1:])
     own = min(round((most - int(most * o.common_space_fraction)) / n), most // n)
     common = leading(added(tasks), most - n * own)

@@ -25,8 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from regraft.merge.consensus import TaskVectorOptions
-from regraft.merge.rule import Combine, Unit, rule
-from regraft.merge.spectral import ROWS_BESIDE, by_matrix, leading, polar
+from regraft.merge.spectral import leading, matrix_rule, polar
 from regraft.methods import Paper
 
 _SLACK = 1e-9  # of a fraction such as 0.1, which is not exact
@@ -41,13 +40,9 @@ class TsvmOptions(TaskVectorOptions):
     )
 
 
-@rule(
+@matrix_rule(
     summary="keep each task's leading singular vectors, made orthogonal to one another",
     options=TsvmOptions,
-    needs_base=True,
-    span=lambda _: "matrices",
-    rows_beside=ROWS_BESIDE,
-    in_mergekit=False,
     papers=[
         Paper(
             "Task Singular Vectors: Reducing Task Interference in Model Merging",
@@ -57,11 +52,7 @@ class TsvmOptions(TaskVectorOptions):
         )
     ],
 )
-def tsvm(unit: Unit[TsvmOptions]) -> Combine:
-    return by_matrix(_merged)
-
-
-def _merged(tasks: Tensor, o: TsvmOptions) -> Tensor:
+def tsvm(tasks: Tensor, o: TsvmOptions) -> Tensor:
     n, most = len(tasks), min(tasks.shape[1:])
     kept = most // n if o.rank_fraction is None else math.floor(most * o.rank_fraction + _SLACK)
     kept = max(kept, 1)

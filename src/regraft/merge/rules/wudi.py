@@ -14,8 +14,8 @@ the official code changes nothing but the matrices of attention and feed-forward
 by ‖δᵢ‖ instead of its square. The paper needs no λ. `weight`, the factor of each δᵢ, is not the paper's.
 
 The gradient is computed from Σ δᵢᵀδᵢ / ‖δᵢ‖², which is summed up once, where that takes fewer operations: the same up
-to rounding, several times faster. Inputs are the last axis; a layer that is stored transposed (GPT-2) is taken the
-wrong way round, so leave GPT-2 to other rules. Whole matrices are in memory, as many as there are workers.
+to rounding, several times faster. Inputs are the last axis; layers that are known to be stored transposed (GPT-2) are
+turned round first. Whole matrices are in memory, as many as there are workers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from regraft.merge.consensus import TaskVectorOptions, added
-from regraft.merge.rule import Combine, Unit, rule
-from regraft.merge.spectral import ROWS_BESIDE, by_matrix
+from regraft.merge.spectral import matrix_rule
 from regraft.methods import Paper
 
 _BETAS = (0.9, 0.999)  # Adam's, as in the official code
@@ -40,13 +39,9 @@ class WudiOptions(TaskVectorOptions):
     learning_rate: float = Field(1e-5, gt=0, description="Adam's learning rate, in the unit of the weights")
 
 
-@rule(
+@matrix_rule(
     summary="descend from the sum of task vectors to the least interference with each task",
     options=WudiOptions,
-    needs_base=True,
-    span=lambda _: "matrices",
-    rows_beside=ROWS_BESIDE,
-    in_mergekit=False,
     papers=[
         Paper(
             "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors",
@@ -56,11 +51,7 @@ class WudiOptions(TaskVectorOptions):
         )
     ],
 )
-def wudi(unit: Unit[WudiOptions]) -> Combine:
-    return by_matrix(_merged)
-
-
-def _merged(tasks: Tensor, o: WudiOptions) -> Tensor:
+def wudi(tasks: Tensor, o: WudiOptions) -> Tensor:
     total = added(tasks)
     start = torch.zeros_like(total)
     for task in tasks:
