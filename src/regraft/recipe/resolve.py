@@ -48,6 +48,7 @@ class Resolver:
         self._used: set[int] = set()
         self._filters: dict[int, str] = {}
         self._names: list[str] = []
+        self._gradients: set[str] = set()
 
     def options(
         self,
@@ -99,6 +100,11 @@ class Resolver:
                 what = f"the filter {text!r} selects no tensor of {family or 'this model'}"
                 raise UserError("RG308", what, where=self.where, fix=fix)
 
+    def remarks(self) -> list[str]:
+        """What to tell where nothing is known of layers."""
+        named = ", ".join(sorted(self._gradients))
+        return [f"nothing is known of layers here, so that lists take their first value ({named})"] if named else []
+
     def _find(self, option: str, name: str, depth: float, levels: Iterable[Mapping[str, Setting]]) -> Any:
         found: Any = _MISSING
         for level in levels:
@@ -107,6 +113,8 @@ class Resolver:
                     self._filters[id(condition)] = str(condition.filter)
                 if condition.filter in (None, "*") or str(condition.filter) in name:
                     self._used.add(id(condition))
+                    if isinstance(condition.value, (list, tuple)) and len(condition.value) > 1:
+                        self._gradients.add(option)
                     if found is _MISSING:
                         found = self._translate(option, interpolate(condition.value, depth))
         return found
