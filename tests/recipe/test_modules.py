@@ -114,7 +114,6 @@ parameters: {weight: 3}
 def test_the_layers_of_one_module_are_stacked(t5: Path, tmp_path: Path) -> None:
     text = """
 merge_method: passthrough
-base_model: ./base
 modules:
   encoder:
     slices:
@@ -202,6 +201,19 @@ def test_what_a_module_says_comes_before_what_the_recipe_says(llama: Path) -> No
     assert options.normalize is False
 
 
+def test_filters_see_the_names_that_the_models_have(llama: Path) -> None:
+    """mergekit's meaning: options per model by the name in that model, all others by the name in the result."""
+    sources = "{model: ./a, layer_range: [1, 2]}, {model: ./b, layer_range: [0, 1]}"
+    by_layer = "[{filter: layers.1., value: 3}, {value: 1}]"
+    text = (
+        f"merge_method: linear\nslices: [{{sources: [{sources}]}}]\n"
+        f"parameters: {{weight: {by_layer}, normalize: [{{filter: layers.0., value: false}}, {{value: true}}]}}\n"
+    )
+    (planned,) = make_plan(read(llama, text)).merges
+    options: Any = next(job.options for job in planned.jobs if ".layers.0." in job.info.name)
+    assert (options.weight, options.normalize) == ((3, 1), False)
+
+
 def slices_with_bases(first: str, second: str, top: str = "") -> str:
     parts = [
         f"{{base_model: ./{base}, sources: [{{model: ./{base}, layer_range: [0, 1]}}, "
@@ -266,7 +278,7 @@ SLICED = "{slices: [{sources: [{model: ./a, layer_range: [%s]}]}]}"
         (
             LEFT.replace("encoder", "encodr"),
             "RG307",
-            "t5 has no module encodr: its modules are decoder, encoder, shared",
+            "its modules are decoder, encoder, shared",
         ),
         (LEFT.replace("encoder", "default"), "RG307", "no module default"),
         (ALL % (WHOLE, SLICED % "0, 1"), "RG208", "none are known of the module shared of t5"),

@@ -177,14 +177,20 @@ class Builder:
         if piece.base is not None and self.rule.reads_base:
             base = self._source(self.members[piece.base], name, reference, self._base_layer(piece, layers))
         levels = [*piece.levels, self.step.settings]
-        options = self.resolver.options(out, depth, list(piece.inputs), levels)
+        theirs = [
+            self._called(self.members[i.model], name, at) for i, at in zip(piece.inputs, layers or (), strict=False)
+        ]
+        options = self.resolver.options(out, depth, list(piece.inputs), levels, theirs)
         labels = (*(i.model for i in piece.inputs), piece.base or "")
         return Job(info, sources, self.dtype or reference.dtype, self.rule, options, base, labels)
 
     def _source(self, member: Member, name: str, reference: TensorSource, layer: int | None) -> TensorSource:
         own = self.layouts[member.name]
-        theirs = own.renamed(name, layer) if layer is not None else name
-        return matching(theirs, reference, member, layout=own, where=self.step.where)
+        return matching(self._called(member, name, layer), reference, member, layout=own, where=self.step.where)
+
+    def _called(self, member: Member, name: str, layer: int | None) -> str:
+        """What a model calls the tensor `name`, in the layer that it contributes."""
+        return self.layouts[member.name].renamed(name, layer) if layer is not None else name
 
     def _base_layer(self, piece: Piece, layers: Sequence[int] | None) -> int | None:
         """The base's own layer range if the slice lists it, else the first model's."""

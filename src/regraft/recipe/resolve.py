@@ -56,17 +56,24 @@ class Resolver:
         depth: float,
         inputs: Sequence[Input],
         levels: Sequence[Mapping[str, Setting]],
+        theirs: Sequence[str] = (),
     ) -> Options:
         """Validated options for the tensor `name`; `levels` go from the closest (slice) to the widest (step).
+
+        `theirs`: what each of the models calls the tensor, where layers have other numbers than in the result. In
+        mergekit's recipes it is that name that filters of options per model are about.
 
         Raises:
             UserError: RG303 for a value out of range, or for one that a mergekit recipe has to give.
         """
         self._names.append(name)
+        called = theirs if theirs and self._dialect == "mergekit" else [name] * len(inputs)
         values: dict[str, Any] = {}
         for option in self._attributes:
             if option in self._per_model:
-                each = [self._find(option, name, depth, [i.settings, *levels]) for i in inputs]
+                each = [
+                    self._find(option, own, depth, [i.settings, *levels]) for own, i in zip(called, inputs, strict=True)
+                ]
                 if all(v is _MISSING for v in each):
                     each = [self._default(option)] * len(inputs)
                     if each[0] is _MISSING:

@@ -216,7 +216,9 @@ def _parameters_of(rule: Rule[Any]) -> dict[str, Any]:
     pieces = {"items": {"properties": {**whole["properties"], "sources": single}}}
     groups = {**whole["properties"], "models": single, "slices": pieces}
     modules = {"additionalProperties": {"properties": groups}}
-    return {"properties": {**groups, "modules": modules}}
+    # Slices may name their own.
+    based = {"anyOf": [{"required": [key]} for key in ("base_model", "slices", "modules")]} if rule.base_first else {}
+    return {"properties": {**groups, "modules": modules}, **based}
 
 
 def _values(method: Method, shared: dict[str, Any], dialect: str = "regraft") -> dict[str, Any]:
