@@ -116,7 +116,7 @@ def test_every_key_of_mergekit_is_in_the_table_and_read() -> None:
     named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", table))))
     every = {key for keys in MERGEKIT_KEYS.values() for key in keys.split()}
     assert every <= named
-    assert all(re.search(rf"\b{key}: ", WITH_ALL) for key in every)
+    assert all(re.search(rf"\b{key}:\s", WITH_ALL) for key in every)
     (step,) = parse_recipe(WITH_ALL).steps
     assert step.modules[0].slices[0].inputs[0].model == "org/a@v1+org/l@v2"  # type: ignore[union-attr]
 

@@ -46,7 +46,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all models of the examples (the Llama ones as deep as theirs, for their slices), and the examples themselves."""
+    """A folder with the examples and all of their models; those of Llama as deep as theirs, for the slices."""
     root = tmp_path_factory.mktemp("examples")
     for family, names in FAMILIES.items():
         base, *others = names
