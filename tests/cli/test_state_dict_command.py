@@ -31,6 +31,8 @@ def test_on_the_command_line(cli: Any, tmp_path: Path) -> None:
     assert len(load_file(tmp_path / "out" / "model.safetensors")) == 4
     done = cli("merge", folder / "m.yaml", tmp_path / "all", "--tensor-union", "--json")
     assert json.loads(done.stdout)["output"]["tensors"] == 7
+    assert cli("plan", folder / "m.yaml", "--tensors", "common").exit_code == 0
+    assert "none of same, common, any" in cli("plan", folder / "m.yaml", "--tensors", "all").stderr.replace("\n", " ")
     wrong = cli("merge", folder / "m.yaml", tmp_path / "wrong.safetensors", "-u")
     assert "RG405" in wrong.stderr
     assert "wrong" in wrong.stderr

@@ -122,7 +122,7 @@ def answered(given: dict[str, Any], settings: Settings, tell: Callable[[str], No
     if len(ways) > 1:
         what = "--tensor-intersection and --tensor-union say two things of the same tensors"
         raise UserError("RG303", what, fix="give one of them")
-    if ways:
+    if ways and settings.tensors is None:
         settings = replace(settings, tensors=ways[0])
     if "transformers-cache" in chosen:
         os.environ["HF_HUB_CACHE"] = chosen["transformers-cache"]  # read when the Hub's library is imported
