@@ -34,6 +34,8 @@ def answer(settings: Settings | None = None, **given: Any) -> tuple[Settings, li
         ({"random_seed": 7}, Settings(seed=7)),
         ({"num_threads": 3}, Settings(workers=3)),
         ({"out_shard_size": "1.5B"}, Settings(shard_bytes=1_500_000_000)),
+        ({"tensor_intersection": True}, Settings(tensors="common")),
+        ({"tensor_union": True, "tensor_intersection": False}, Settings(tensors="any")),
         ({"out_shard_size": "200m"}, Settings(shard_bytes=200_000_000)),
     ],
 )
@@ -42,8 +44,8 @@ def test_what_has_another_name_here(given: dict[str, Any], expected: Settings) -
 
 
 def test_our_own_switches_win() -> None:
-    own = Settings(device="cuda:1", seed=3, workers=2)
-    assert answer(own, cuda=True, random_seed=7, num_threads=9) == (own, [])
+    own = Settings(device="cuda:1", seed=3, workers=2, tensors="any")
+    assert answer(own, cuda=True, random_seed=7, num_threads=9, tensor_intersection=True) == (own, [])
 
 
 def test_the_cache_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +69,7 @@ def test_what_is_needless_is_said_to_be(flag: Any) -> None:
         ({"safe_serialization": False}, "RG309", "pickles"),
         ({"random_seed": -1}, "RG303", "--random-seed is -1"),
         ({"num_threads": 0}, "RG303", "--num-threads is 0"),
+        ({"tensor_union": True, "tensor_intersection": True}, "RG303", "say two things"),
         ({"out_shard_size": "many"}, "RG303", "'many'"),
         ({"out_shard_size": "0"}, "RG303", "'0'"),
     ],

@@ -62,15 +62,71 @@ def test_two_defaults_are_those_of_the_registry() -> None:
 
 REFUSED = {
     "`merge_method: pcb`": [TIES.replace("ties", name) for name in ("pcb", "layer_swap")],
-    "`modules`": [f"{TIES}modules: {{text: {{}}}}\n"],
-    "`base_model`": [
-        LINEAR_SLICES.format(", ".join(SLICE.format(base=f"base_model: org/{b}, ", more="") for b in ("a", "b")))
-    ],
+    "`merge_method` in a slice": [LINEAR_SLICES.format(SLICE.format(base="", more=", merge_method: slerp"))],
     "`residual_weight`": [LINEAR_SLICES.format(SLICE.format(base="", more=", residual_weight: 0.1"))],
     "`override_architecture`": [
         TIES.replace("model: org/a", "model: {model: org/a, override_architecture: LlamaForCausalLM}")
     ],
 }
+# Every key of the classes that mergekit 0.1.5 reads its files into, and `name` of mergekit-multi.
+MERGEKIT_KEYS = {
+    "MergeConfiguration": "merge_method base_model models slices modules dtype out_dtype parameters tokenizer_source"
+    " tokenizer chat_template name",
+    "OutputModuleDefinition": "slices models parameters",
+    "OutputSliceDefinition": "sources base_model residual_weight parameters",
+    "InputSliceDefinition": "model layer_range parameters",
+    "InputModelDefinition": "model parameters",
+    "ModelReference": "model lora override_architecture",
+    "ModelPath": "path revision",
+    "ConditionalParameter": "value filter",
+    "TokenizerConfig": "source tokens pad_to_multiple_of",
+    "TokenEmbeddingConfig": "source force",
+    "ModelTokenEmbedding": "kind model token_id token",
+}
+MODEL = "{model: {path: org/a, revision: v1}, lora: {path: org/l, revision: v2}, override_architecture: null}"
+WITH_ALL = f"""
+merge_method: linear
+name: mine
+base_model: {MODEL}
+modules:
+  default:
+    slices:
+      - sources: [{{model: {MODEL}, layer_range: [0, 1], parameters: {{weight: [{{value: 1, filter: mlp}}]}}}}]
+        base_model: org/a
+        residual_weight: null
+        parameters: {{weight: 1}}
+    models: null
+    parameters: {{weight: 1}}
+models: null
+slices: null
+parameters: {{normalize: true}}
+dtype: float32
+out_dtype: float16
+tokenizer_source: null
+tokenizer:
+  source: union
+  tokens: {{x: {{source: {{kind: model_token, model: org/a, token_id: 3, token: null}}, force: true}}}}
+  pad_to_multiple_of: 8
+chat_template: auto
+"""
+
+
+def test_every_key_of_mergekit_is_in_the_table_and_read() -> None:
+    table = "".join(line for row in rows(PAGE.partition("## Every key")[2]) for line in row)
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", table))))
+    every = {key for keys in MERGEKIT_KEYS.values() for key in keys.split()}
+    assert every <= named
+    assert all(re.search(rf"\b{key}:\s", WITH_ALL) for key in every)
+    (step,) = parse_recipe(WITH_ALL).steps
+    assert step.modules[0].slices[0].inputs[0].model == "org/a@v1+org/l@v2"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("key", ["merge_method", "sources", "layer_range", "filter", "revision", "force", "kind"])
+def test_a_slip_in_any_of_them_is_an_error(key: str) -> None:
+    text = re.sub(rf"\b{key}: ", f"{key}_: ", WITH_ALL, count=1)
+    with pytest.raises(UserError) as caught:
+        parse_recipe(text)
+    assert caught.value.code in ("RG302", "RG303"), str(caught.value)
 
 
 def refused_rows() -> list[str]:

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from farm_tools import write_tokenizer
@@ -71,12 +72,13 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("deep", "llama", decoder | {"num_hidden_layers": 32}),  # as the recipes' slices have it
         ("bert", "bert", small),
         ("vit", "vit", small),
+        ("t5", "t5", {}),
     ):
         base = save_model(root / kind / "org" / "base", family, **changes)
         for seed, name in enumerate(MODELS, 1):
             save_fine_tune(root / kind / name, base, seed)
         for folder in (base, *(root / kind / name for name in MODELS)):
-            if kind != "vit":
+            if kind not in ("vit", "t5"):
                 write_tokenizer(folder)
     grown = shutil.copytree(root / "shallow", root / "words")
     add_tokens(grown / "org" / "instruct", ("<|im_start|>", "<|im_end|>"))
@@ -85,6 +87,9 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("maths-lora", "code-lora")):
         save_adapter(root / "shallow" / name, root / "shallow" / "org" / "base", seed)
     words = [f"w{i}" for i in range(40)]
+    tensors = load_file(root / "shallow" / "org" / "maths" / "model.safetensors")
+    save_file(tensors, root / "shallow" / "maths.safetensors")
+    torch.save({name: value + 0.01 for name, value in tensors.items()}, root / "shallow" / "code.pt")
     rows = [{"text": " ".join(words[i : i + 20])} for i in range(8)]
     for name in ("texts", "domain", "general", "test"):
         write(root / "shallow" / f"{name}.jsonl", rows)
@@ -115,7 +120,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def workplace(farm: Path, text: str, folder: Path) -> Path:
     """A folder in which the references and data of `text` are there."""
-    needs = {"tokenizer:": "words", "accuracy": "vit", "similarity": "bert", ", 32]": "deep"}
+    needs = {"encoder:": "t5", "tokenizer:": "words", "accuracy": "vit", "similarity": "bert", ", 32]": "deep"}
     kind = next((kind for word, kind in needs.items() if word in text), "shallow")
     for entry in (farm / kind).iterdir():
         (folder / entry.name).symlink_to(entry)
@@ -134,7 +139,7 @@ def check_run(path: Path, out: Path) -> None:
             made = json.loads((result.artefacts[step.name] / "regraft.json").read_text(encoding="utf-8"))
             assert made["method"] == step.method
             assert made["output"]["tensors"] > 0
-            weights = "model.safetensors" if step.output == "model" else "adapter_model.safetensors"
+            weights = "adapter_model.safetensors" if step.output == "lora" else "model.safetensors"
             assert (result.artefacts[step.name] / weights).stat().st_size > 0
 
 

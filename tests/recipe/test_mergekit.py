@@ -132,6 +132,18 @@ def test_a_base_that_a_rule_can_do_without_may_be_listed_or_not(models: str) -> 
     assert parse(flow("nuslerp")).base is None
 
 
+def test_each_slice_may_have_a_base() -> None:
+    both = "sources: [{model: org/a, layer_range: [0, 1]}, {model: org/b, layer_range: [0, 1]}]"
+    slices = f"[{{base_model: org/a, {both}}}, {{base_model: org/b, {both}}}, {{{both}, residual_weight: null}}]"
+    step = parse(flow("task_arithmetic", slices=slices, base_model="org/c", parameters="{weight: 1}"))
+    assert [piece.base for piece in step.slices] == ["org/a", "org/b", "org/c"]
+    assert step.base == "org/c"
+    assert step.references == ["org/a", "org/b", "org/c"]
+    step = parse(flow("slerp", slices=slices.rpartition(", {sources")[0] + "]", parameters="{t: 0}"))
+    assert [[i.model for i in piece.inputs] for piece in step.slices] == [["org/a", "org/b"], ["org/b", "org/a"]]
+    assert step.base is None
+
+
 def test_the_long_form_of_a_reference() -> None:
     model = "{model: {path: org/a, revision: v2}, lora: {path: ./lora}}"
     step = parse(flow(models=f"[{{model: {model}, parameters: {{weight: 1}}}}]"))
@@ -172,7 +184,8 @@ def test_filters_after_one_that_holds_for_all_are_as_mergekit_reads_them() -> No
         (flow("tise"), "RG301", "'ties'"),
         (flow("pcb", base_model="org/c"), "RG309", "write a regraft recipe"),
         (flow(base="org/c"), "RG302", "'base_model'"),
-        (flow(modules="{}"), "RG309", "modules"),
+        (flow(modules="{default: {}}"), "RG303", "both models and modules"),
+        (flow(models="", modules="{default: {sources: []}}"), "RG302", "a module has no key 'sources'"),
         (flow(parameters="{densty: 1}"), "RG302", "densty"),
         (flow(parameters="{density: 1}"), "RG302", "linear has no option 'density'"),
         (flow(parameters="{normalize: maybe}"), "RG303", "maybe"),
@@ -198,7 +211,7 @@ def test_filters_after_one_that_holds_for_all_are_as_mergekit_reads_them() -> No
         (flow(tokenizer_source="base"), "RG304", "base_model"),
         (flow(tokenizer_source="org/a", tokenizer="{source: org/a}"), "RG303", "one of them"),
         (flow(chat_template="nonsense"), "RG303", "write auto, one of alpaca, chatml"),
-        (flow(models="[{model: {model: org/a, override_architecture: X}}]"), "RG309", "architectures"),
+        (flow(models="[{model: {model: org/a, override_architecture: X}}]"), "RG309", "override_architecture"),
         (flow(slices="[{sources: [{model: org/a}]}]"), "RG303", "layer_range"),
         (flow(slices="[{sources: [{model: org/a, layer_range: [3, 1]}]}]"), "RG303", "[first, last]"),
         (flow(slices="[{model: org/a}]"), "RG302", "'model'"),
@@ -210,10 +223,21 @@ def test_filters_after_one_that_holds_for_all_are_as_mergekit_reads_them() -> No
             "1, 2",
         ),
         (
-            flow(slices="[{sources: [{model: a, layer_range: [0, 1]}], base_model: b}]", base_model="c"),
-            "RG309",
-            "two base models",
+            flow(
+                "ties",
+                slices="[{sources: [{model: a, layer_range: [0, 1]}], base_model: b}, "
+                "{sources: [{model: a, layer_range: [0, 1]}]}]",
+            ),
+            "RG304",
+            "ties needs a base model",
         ),
+        (
+            flow(slices="[{sources: [{model: org/a, layer_range: [0, 1]}], merge_method: slerp}]"),
+            "RG309",
+            "one merge_method",
+        ),
+        (flow(slices="[{sources: [{model: org/a, layer_range: [0, 1]}], residual: 1}]"), "RG302", "'residual'"),
+        (flow(tokenizer="{source: org/a, tokens: {x: {source: org/b, forced: true}}}"), "RG302", "'forced'"),
     ],
 )
 def test_mistakes(text: str, code: str, says: str) -> None:

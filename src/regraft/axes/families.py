@@ -52,6 +52,7 @@ class Family:
         vocabulary_size: the key of config.json with the number of these entries, dotted for nested configurations.
         positions: how the model knows positions: "rotary", "learned", "relative".
         padded_positions: the table of learned positions has rows before the first one, up to the padding token's id.
+        of_the_stack: names inside the first layer that all layers of the stack use, and no other layer has.
     """
 
     stacks: Mapping[str, Stack]
@@ -68,6 +69,7 @@ class Family:
     vocabulary_size: str = "vocab_size"
     positions: str = ""
     padded_positions: bool = False
+    of_the_stack: Mapping[str, bool] = field(default_factory=dict)
 
 
 _EMBEDDING = Outside("embedding", "before")
@@ -234,6 +236,7 @@ T5 = Family(
     tokens="shared.weight",
     vocabulary=_by_row("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
     positions="relative",
+    of_the_stack={"layer.*.SelfAttention.relative_attention_bias": True},
 )
 
 VIT = Family(

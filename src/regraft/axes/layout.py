@@ -76,6 +76,22 @@ class Layout:
         _, head, _, rest = split
         return f"{head}{layer}.{rest}"
 
+    def path(self, name: str) -> str:
+        """Where the layers are that a tensor is in: what stands before the number.
+
+        Raises:
+            ValueError: if `name` is not in a layer.
+        """
+        split = self._scheme.split(name)
+        if split is None:
+            raise ValueError(f"{name} is outside the layers")
+        return split[1].removesuffix(".")
+
+    def of_the_stack(self, name: str) -> bool:
+        """Whether a tensor lies in the first layer for all layers of its stack, which have none of their own."""
+        split = self._scheme.split(name)
+        return split is not None and self.table is not None and bool(_longest(self.table.of_the_stack, split[3]))
+
     def bare(self, name: str) -> str:
         """The name that this tensor has in a base model without a head, for a family with a table; else `name`."""
         return self._scheme.bare(name)
@@ -116,6 +132,33 @@ def layout(config: Mapping[str, Any], names: Collection[str]) -> Layout:
                 return scheme.layout("", names, ())
     inferred = infer(config, names)
     return Layout(kind, False, inferred, inferred.stacks, (), inferred.count_keys)
+
+
+def flat_layout() -> Layout:
+    """The layout of a bare state dict: tensors by name, of which nothing is known."""
+    return Layout("", False, _Flat(), {})
+
+
+class _Flat:
+    """No stacks, no roles, no buffers."""
+
+    def split(self, name: str) -> None:
+        return None
+
+    def outside(self, name: str) -> None:
+        return None
+
+    def part(self, rest: str) -> None:
+        return None
+
+    def transposed(self, rest: str) -> bool:
+        return False
+
+    def buffer(self, name: str) -> bool:
+        return False
+
+    def bare(self, name: str) -> str:
+        return name
 
 
 def _explained(scheme: Scheme, name: str) -> bool:

@@ -55,6 +55,7 @@ def write_card(
     name: str = "",
     registered: Method | None = None,
     adapter: AdapterFacts | None = None,
+    bare: bool = False,
 ) -> Path:
     """Write README.md.
 
@@ -67,6 +68,7 @@ def write_card(
         name: title of the card; the name of the output folder if empty.
         registered: the method, looked up by `lineage.method` if None and the lineage is that of a model.
         adapter: given if the folder holds an adapter.
+        bare: the folder holds tensors by name, and no model that transformers loads.
 
     Raises:
         UserError: RG301 if the method of the lineage is not registered.
@@ -78,14 +80,16 @@ def write_card(
     data = _metadata(title, lineage, parents, verdict, scores, adapter)
     if (staging / "modules.json").is_file():
         data["library_name"] = "sentence-transformers"
+    if bare:
+        del data["library_name"]
+    use = _adapter_usage(adapter) if adapter else _BARE_USAGE if bare else _usage(parents[0], data["library_name"])
     hide = _Paths(parents, lineage.inputs)
     sections = [
         f"# {title}",
         _summary(lineage, found, adapter.summary if adapter else ""),
         _parents(lineage, parents),
         "## Recipe\n\n" + _fenced("yaml", recipe.strip()) if recipe else "",
-        "## Use\n\n"
-        + _fenced("python", _adapter_usage(adapter) if adapter else _usage(parents[0], data["library_name"])),
+        "## Use\n\n" + _fenced("python", use),
         _diagnostics(lineage),
         _scores(scores),
         _licence(verdict),
@@ -178,6 +182,12 @@ def _usage(parent: Checkpoint, library: str) -> str:
         )
     name = _auto_class(next(iter(parent.architectures), ""), parent.model_type or "")
     return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("path/to/this/folder", dtype="auto")'
+
+
+_BARE_USAGE = (
+    "from pathlib import Path\n\nfrom safetensors.torch import load_file\n\nstate_dict = {}\n"
+    'for file in sorted(Path("path/to/this/folder").glob("*.safetensors")):\n    state_dict |= load_file(file)'
+)
 
 
 def _adapter_usage(adapter: AdapterFacts) -> str:

@@ -24,7 +24,7 @@ Output = Annotated[
     str | None,
     typer.Option(
         "--output", metavar="KIND",
-        help="model, or lora: an adapter of adapters; what the recipe says if not given.",
+        help="model; lora: an adapter of adapters; state-dict: tensors alone; what the recipe says if not given.",
     ),
 ]  # fmt: skip
 

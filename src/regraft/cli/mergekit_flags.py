@@ -19,6 +19,7 @@ from regraft.errors import UserError
 from regraft.recipe.settings import Settings
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmb]?)", re.IGNORECASE)
+_TENSORS = {"tensor-intersection": "common", "tensor-union": "any"}
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -29,6 +30,7 @@ class Flag:
     name: str
     takes: type = bool
     needless: str = ""
+    short: str = ""
 
     @property
     def attribute(self) -> str:
@@ -37,7 +39,8 @@ class Flag:
     @property
     def parameter(self) -> inspect.Parameter:
         flag = f"--{self.name}/--no-{self.name}" if self.takes is bool else f"--{self.name}"
-        kind: Any = Annotated[self.takes | None, typer.Option(flag, hidden=True)]  # type: ignore[name-defined]
+        names = (flag, self.short) if self.short else (flag,)
+        kind: Any = Annotated[self.takes | None, typer.Option(*names, hidden=True)]  # type: ignore[name-defined]
         return inspect.Parameter(self.attribute, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
@@ -50,6 +53,8 @@ FLAGS = (
     Flag("transformers-cache", str),
     Flag("unsafe-truncate-embeddings"),
     Flag("safe-serialization"),
+    Flag("tensor-intersection", short="-i"),
+    Flag("tensor-union", short="-u"),
     Flag("allow-crimes", needless="whether models can be merged is read from their tensors"),
     Flag("trust-remote-code", needless="no code of a model's folder is run"),
     Flag("lora-merge-cache", str, "adapters are applied tensor by tensor, and no merged copy is made"),
@@ -63,6 +68,8 @@ FLAGS = (
     Flag("write-model-card", needless="every model gets its card"),
     Flag("async-write", needless="writing and computing always overlap"),
     Flag("write-threads", int, "writing and computing always overlap"),
+    Flag("intermediate-dir", str, "what is made on the way is kept beside the output, in OUT.steps", "-I"),
+    Flag("lazy", needless="what is made on the way is made again where something changed, and only there"),
 )
 
 
@@ -111,6 +118,12 @@ def answered(given: dict[str, Any], settings: Settings, tell: Callable[[str], No
         settings = replace(settings, workers=chosen["num-threads"])
     if "out-shard-size" in chosen:
         settings = replace(settings, shard_bytes=_shard_bytes(chosen["out-shard-size"]))
+    ways = [way for name, way in _TENSORS.items() if chosen.get(name)]
+    if len(ways) > 1:
+        what = "--tensor-intersection and --tensor-union say two things of the same tensors"
+        raise UserError("RG303", what, fix="give one of them")
+    if ways and settings.tensors is None:
+        settings = replace(settings, tensors=ways[0])
     if "transformers-cache" in chosen:
         os.environ["HF_HUB_CACHE"] = chosen["transformers-cache"]  # read when the Hub's library is imported
     return settings

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from regraft.cli.lean import without_blas
+from regraft.recipe.document import TENSORS
 from regraft.recipe.settings import Settings
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -33,6 +34,13 @@ def device(text: str) -> str:
     """`auto`, `cpu`, `cuda` or `cuda:N`; whether it is there is not asked here."""
     if not _DEVICE.fullmatch(text):
         raise typer.BadParameter(f"{text!r} is no device; write auto, cpu, cuda or cuda:1")
+    return text
+
+
+def tensors(text: str) -> str:
+    """One of `TENSORS`."""
+    if text not in TENSORS:
+        raise typer.BadParameter(f"{text!r} is none of {', '.join(TENSORS)}")
     return text
 
 
@@ -108,6 +116,13 @@ Seed = Annotated[
         "--seed", min=0, max=2**63 - 1, help="For rules that draw; replaces the recipe's.", rich_help_panel=_RUN
     ),
 ]
+Tensors = Annotated[
+    str | None,
+    typer.Option(
+        "--tensors", metavar="WHICH", parser=tensors, rich_help_panel=_RUN,
+        help="Of state dicts that differ: same (an error), common (those that all have), any; replaces the recipe's.",
+    ),
+]  # fmt: skip
 Rank = Annotated[
     int | None, typer.Option("--rank", metavar="N", help="Rank of the factors; 32 if --energy is not given either.")
 ]
@@ -135,6 +150,7 @@ def settings(
     max_memory: MaxMemory = None,
     shard_size: ShardSize = DEFAULT_SHARD,
     seed: Seed = None,
+    tensors: Tensors = None,
 ) -> Settings:
     """The switches of a run. This signature is the one list of them; see `with_settings`."""
     return Settings(
@@ -148,6 +164,7 @@ def settings(
         max_memory=max_memory,
         shard_bytes=shard_size,
         seed=seed,
+        tensors=tensors,
     )
 
 

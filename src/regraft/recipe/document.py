@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 MAX_MODELS = 1000  # in one merge
 MAX_STEPS = 2000  # in one recipe, with the members of sweeps
+STATE_DICT = "state-dict"
+OUTPUTS = ("model", "lora", STATE_DICT)
+TENSORS = ("same", "common", "any")  # what becomes of tensors that only some state dicts have
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +43,22 @@ class Input:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """One run of output layers: which layers of which models, and settings for them."""
+    """One run of output layers: which layers of which models, settings for them, and the base that they have."""
 
     inputs: tuple[Input, ...]
     base: str | None = None
     settings: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ModulePart:
+    """A module of the model (`axes.modules`) and what it is made of: whole models, or slices; settings for it."""
+
+    name: str
+    inputs: tuple[Input, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    where: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +100,8 @@ class MergeStep:
         name: of the step; with the values of a sweep behind an @.
         method: name of a merge rule.
         base, config_from, tokenizer_from: models by reference, or None.
-        inputs: the models, unless `slices` are given.
+        inputs: the models, unless `slices` or `modules` are given.
+        modules: what each module of the model is made of, where they are merged one by one.
         settings: options for all models and tensors, the widest level.
         dtype, out_dtype: names such as "bfloat16"; `dtype` is mergekit's and stands for `out_dtype` where that is None.
         exclude: regular expressions of tensors that are copied from the template.
@@ -96,8 +111,10 @@ class MergeStep:
         dialect: "regraft" or "mergekit": whose defaults hold.
         where: file, step and line, for messages.
         sweep: the values of this member of a sweep.
-        output: "model", or "lora" for an adapter made of adapters.
+        output: "model", "lora" for an adapter made of adapters, or "state-dict" for bare tensors by name.
         cut: how far an adapter may be cut off; None if it must be exact.
+        tensors: of state dicts that differ, "same" if that is an error, "common" for the tensors that all have, "any"
+            for those that some have.
     """
 
     name: str
@@ -105,6 +122,7 @@ class MergeStep:
     base: str | None
     inputs: tuple[Input, ...]
     slices: tuple[Slice, ...] = ()
+    modules: tuple[ModulePart, ...] = ()
     settings: Mapping[str, Setting] = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
@@ -119,6 +137,17 @@ class MergeStep:
     sweep: Mapping[str, Any] = field(default_factory=dict)
     output: str = "model"
     cut: Truncation | None = None
+    tensors: str = "same"
+
+    @property
+    def references(self) -> list[str]:
+        """Every model that the step names, each once: those that are merged, then bases and those that lend files."""
+        slices = [*self.slices, *(piece for part in self.modules for piece in part.slices)]
+        inputs = [i for piece in slices for i in piece.inputs]
+        inputs += [*self.inputs, *(i for part in self.modules for i in part.inputs)]
+        bases = [self.base, *(piece.base for piece in slices)]
+        named = [*(i.model for i in inputs), *bases, self.config_from, self.tokenizer_from]
+        return list(dict.fromkeys(name for name in named if name))
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from regraft.checkpoint.writer import ModelWriter
 from regraft.errors import UserError, UserWarningMessage
 from regraft.merge.diagnostics import TaskVectorStatistics
 from regraft.merge.engine import Outcome, run_jobs
-from regraft.recipe.document import Recipe
+from regraft.recipe.document import STATE_DICT, Recipe
 from regraft.recipe.merge_plan import MergePlan, options_of
 from regraft.recipe.progress import Progress
 from regraft.recipe.settings import Settings
@@ -46,7 +46,8 @@ def execute(
         KeyboardInterrupt: with a sentence, if finished tensors are kept for the next run.
     """
     lineage = begin(plan, recipe)
-    collector = TaskVectorStatistics(len(plan.inputs)) if plan.rule.needs_base else None
+    # Where slices or modules have models of their own, figures per model would speak of different tensors.
+    collector = TaskVectorStatistics(len(plan.inputs)) if plan.rule.needs_base and plan.uniform else None
     with (
         warnings.catch_warnings(record=True) as remarks,
         ModelWriter(
@@ -96,7 +97,15 @@ def execute(
             lineage.diagnostics = collector.summary([m.name for m in plan.inputs])
         lineage.finish()
         lineage.write(writer.staging)
-        write_card(writer.staging, lineage, parents, recipe=recipe.text, name=title(plan, out), registered=plan.rule)
+        write_card(
+            writer.staging,
+            lineage,
+            parents,
+            recipe=recipe.text,
+            name=title(plan, out),
+            registered=plan.rule,
+            bare=plan.step.output == STATE_DICT,
+        )
         writer.publish()
     if found := lineage.diagnostics.get("independence"):
         conflict = lineage.diagnostics["sign_conflict"]
@@ -132,7 +141,8 @@ def _readable() -> Iterator[None]:
 
 def begin(plan: MergePlan, recipe: Recipe) -> Lineage:
     """What is known of a merge before it is done."""
-    roles = {plan.base.name: "base"} if plan.base is not None else {}
+    roles = {m.name: "base" for m in (plan.base, *plan.bases) if m is not None}
+    made = {"output": plan.step.output} if plan.step.output == STATE_DICT else {}
     merged = {j.info.name: options for j in plan.jobs if (options := options_of(j)) is not None}
     copied = [j.info.name for j in plan.jobs if j.rule is None]
     return Lineage(
@@ -142,7 +152,12 @@ def begin(plan: MergePlan, recipe: Recipe) -> Lineage:
         recipe_language=plan.step.dialect,
         key=plan.key,
         inputs=[InputRecord.sampled(m.checkpoint, m.name, roles.get(m.name, "model")) for m in plan.parents],
-        settings={"dtype": plan.step.dtype, "out_dtype": plan.step.out_dtype, "exclude": list(plan.step.exclude)},
+        settings={
+            "dtype": plan.step.dtype,
+            "out_dtype": plan.step.out_dtype,
+            "exclude": list(plan.step.exclude),
+            **made,
+        },
         options=group_options(merged),
         copied=fold_names(copied),
         seeds={"merge": plan.seed},

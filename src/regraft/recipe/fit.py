@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -152,15 +152,24 @@ def _other_shape(
 
 
 def unexpected(
-    template: Member, others: Sequence[Member], excluded: Sequence[re.Pattern[str]], *, layout: Layout, where: str
+    template: Member,
+    others: Sequence[Member],
+    excluded: Sequence[re.Pattern[str]],
+    *,
+    layout: Layout,
+    within: Callable[[str], bool] = lambda _: True,
+    where: str,
 ) -> None:
-    """Raise RG202 for a float tensor that only another model has: dropping it would change that model."""
+    """Raise RG202 for a float tensor that only another model has: dropping it would change that model.
+
+    `within`: says of which names of the others that is asked.
+    """
     known = set(template.checkpoint.tensors) | set(template.checkpoint.aliases)
     for other in others:
         for name, source in other.checkpoint.tensors.items():
             if name in known or not source.dtype.is_floating_point or any(p.search(name) for p in excluded):
                 continue
-            if layout.place(name).role == "buffer":
+            if layout.place(name).role == "buffer" or not within(name):
                 continue
             tied = dict(layout.tied)
             if name in tied and template.find(tied[name]) is not None:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from regraft.adapters.merged import Combination
-from regraft.axes import Layout, layout
+from regraft.axes import Layout, flat_layout, layout
 from regraft.checkpoint import Checkpoint, TensorSource
 from regraft.checkpoint.distance import Distance, relative_distance
 from regraft.checkpoint.licences import LicenceVerdict, combine
@@ -22,13 +22,15 @@ from regraft.merge.jobs import Job, group
 from regraft.merge.rule import Rule, one_model_fields
 from regraft.methods import method
 from regraft.recipe.adapters import combine_adapters
-from regraft.recipe.build import Builder, Piece
-from regraft.recipe.document import Input, MergeStep, Slice
-from regraft.recipe.fit import Member, check_architecture, check_config, check_tokenizers, unexpected
+from regraft.recipe.build import Builder
+from regraft.recipe.document import STATE_DICT, MergeStep
+from regraft.recipe.fit import Member, check_architecture, check_config, check_tokenizers
+from regraft.recipe.parts import check_modules, parts_of, same_model
 from regraft.recipe.planned import PlannedCheckpoint, PlannedTensor
 from regraft.recipe.resolve import Resolver, compile_patterns
 from regraft.recipe.settings import Settings
 from regraft.recipe.special_tokens import config_changes, generation_changes
+from regraft.recipe.state_dict import bare, names_to_merge, refuse_more
 from regraft.recipe.vocabulary import Vocabulary, plan_vocabulary
 
 # Counts up when the same plan would give other weights, so that cached artefacts are not taken for current ones.
@@ -56,12 +58,17 @@ class MergePlan:
     generation_changes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     combination: Combination | None = None  # of adapters, if the step makes one
+    bases: tuple[Member, ...] = ()  # all of them, where slices have their own
 
     @property
     def parents(self) -> list[Member]:
-        """Base and models, each once."""
-        members = [self.base] if self.base is not None else []
-        return members + [m for m in self.inputs if m not in members]
+        """Bases and models, each once."""
+        return list(dict.fromkeys([*([self.base] if self.base is not None else []), *self.bases, *self.inputs]))
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every tensor is merged from the same models."""
+        return len({job.labels for job in self.jobs if job.rule}) < 2
 
     @property
     def bytes_out(self) -> int:
@@ -92,6 +99,9 @@ class MergePlan:
         }
         if self.vocabulary is not None:
             facts["vocabulary"] = self.vocabulary.digest
+        if not self.uniform:
+            digests = {m.name: order[id(m.checkpoint)] for m in [self.template, *self.parents]}
+            facts["models of tensors"] = [[digests.get(label, "") for label in j.labels] for j in self.jobs]
         if self.combination is not None:
             facts["adapter"] = asdict(self.step.cut) if self.step.cut else "exact"
         return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
@@ -154,54 +164,73 @@ def plan_merge(
         UserError: whatever keeps these models from being merged this way.
     """
     rule = method("merge", step.method, where=step.where)
+    flat = step.output == STATE_DICT
+    if flat:
+        refuse_more(step)
+        members = {name: bare(member) for name, member in members.items()}
+    tensors = settings.tensors or step.tensors
+    if tensors != "same" and not flat:
+        what = f"{tensors} tensors can be asked for of state dicts only"
+        raise UserError("RG309", what, where=step.where, fix="leave it out, or add output: state-dict")
     base = members[step.base] if step.base else None
-    slices = _pieces(step, rule, members, base)
-    used = list(dict.fromkeys(i.model for s in slices for i in s.inputs))
+    parts = parts_of(step, rule, members)
+    pieces = [piece for part in parts for piece in part.pieces]
+    used = list(dict.fromkeys(i.model for p in pieces for i in p.inputs))
     inputs = tuple(members[n] for n in used)
-    if rule.needs_base and base is None:
-        fix = "add base: <the model that the others were fine-tuned from>"
-        raise UserError("RG304", f"{rule.name} needs a base model", where=step.where, fix=fix)
-    template = members[step.config_from] if step.config_from else base or inputs[0]
-    everyone = [m for m in dict.fromkeys([*inputs, *([base] if base else [])]) if m is not template]
-    layouts = {m.name: layout(m.checkpoint.config, [*m.checkpoint.tensors]) for m in [template, *everyone]}
+    bases = tuple(members[n] for n in dict.fromkeys(p.base for p in pieces if p.base is not None))
+    givers = [*([base] if base else []), *bases]
+    template = members[step.config_from] if step.config_from else [*givers, *inputs][0]
+    everyone = [m for m in dict.fromkeys([*inputs, *givers]) if m is not template]
+    layouts = {
+        m.name: flat_layout() if flat else layout(m.checkpoint.config, [*m.checkpoint.tensors])
+        for m in [template, *everyone]
+    }
     own = layouts[template.name]
     excluded = compile_patterns(step.exclude, step.where)
-    sliced = bool(step.slices)
-    if not sliced:
-        check_architecture(template, everyone, layouts, where=step.where)
-    vocabulary = _vocabulary(step, members, [*([base] if base else []), *inputs, template], layouts)
-    remarks = list(vocabulary.remarks) if vocabulary is not None else []
-    remarks += check_config(
-        template,
-        everyone,
-        layouts,
-        decided=bool(step.config_from) or sliced,
-        excluded=excluded,
-        settled=[own.vocabulary_key] if vocabulary is not None else [],
-        where=step.where,
-    )
-    embedding = any(own.place(n).role == "embedding" and _kept(n, excluded) for n in template.checkpoint.tensors)
-    free = bool(step.tokenizer_from) or not embedding or step.dialect == "mergekit"
-    if vocabulary is None:
-        remarks += check_tokenizers(template, everyone, layouts, decided=free, where=step.where)
+    sliced = any(part.stacked for part in parts)
+    remarks: list[str] = []
+    vocabulary = None
+    if not flat:
+        if not sliced:
+            check_architecture(template, everyone, layouts, where=step.where)
+        vocabulary = _vocabulary(step, members, [*givers, *inputs, template], layouts)
+        remarks += vocabulary.remarks if vocabulary is not None else ()
+        remarks += check_config(
+            template,
+            everyone,
+            layouts,
+            decided=bool(step.config_from) or sliced,
+            excluded=excluded,
+            settled=[own.vocabulary_key] if vocabulary is not None else [],
+            where=step.where,
+        )
+        embedding = any(own.place(n).role == "embedding" and _kept(n, excluded) for n in template.checkpoint.tensors)
+        free = bool(step.tokenizer_from) or not embedding or step.dialect == "mergekit"
+        if vocabulary is None:
+            remarks += check_tokenizers(template, everyone, layouts, decided=free, where=step.where)
     seed = settings.seed if settings.seed is not None else step.seed
     resolver = Resolver(rule, dialect=step.dialect, where=step.where, seed=seed)
     shown = dict(members)
     if vocabulary is not None:
         for name in dict.fromkeys([m.name for m in (template, *everyone)]):
             shown[name] = vocabulary.shown(members[name], layouts, where=step.where)
-    shown_base = shown[base.name] if base is not None else None
-    builder = Builder(step, rule, shown[template.name], shown_base, shown, layouts, resolver, excluded)
-    if sliced:
-        jobs, changes = builder.sliced(slices)
+    builder = Builder(step, rule, shown[template.name], shown, layouts, resolver, excluded)
+    jobs: list[Job]
+    changes: dict[str, Any] = {}
+    if flat:
+        jobs = builder.bare(names_to_merge(template, inputs, base, tensors, excluded, where=step.where), pieces[0])
+        remarks += resolver.remarks()
     else:
-        unexpected(template, everyone, excluded, layout=own, where=step.where)
-        jobs, changes = builder.whole(slices[0]), {}
+        check_modules(builder, parts, everyone, members, layouts, excluded, step)
+        jobs, changes = builder.jobs(parts)
     resolver.check_filters(template.checkpoint.model_type)
     _check_patterns(excluded, template, step)
     group(jobs)  # raises if options vary that must not
-    if rule.needs_base and base is not None and not planned and not settings.force:
-        remarks += _check_lineage(base, inputs, step)
+    if rule.needs_base and not planned and not settings.force:
+        for piece in dict.fromkeys(pieces):
+            assert piece.base is not None  # see _piece
+            remarks += _check_lineage(members[piece.base], [members[i.model] for i in piece.inputs], step)
+        remarks = list(dict.fromkeys(remarks))
     specs = [TensorSpec(j.info.name, j.info.shape, j.out_dtype) for j in jobs]
     combination = None
     if step.output == "lora":
@@ -231,6 +260,7 @@ def plan_merge(
         generation,
         remarks,
         combination,
+        bases,
     )
 
 
@@ -245,40 +275,8 @@ def _vocabulary(
         raise UserError("RG309", what, where=step.vocabulary.where, fix="leave out tokenizer, or output: lora")
     owners = list(dict.fromkeys(models))
     giver = members[step.vocabulary.source] if step.vocabulary.source else owners[0]
-    giver = next((m for m in owners if _same(m, giver)), giver)
+    giver = next((m for m in owners if same_model(m, giver)), giver)
     return plan_vocabulary(step.vocabulary, owners, giver, layouts, has_base=step.base is not None)
-
-
-def _pieces(step: MergeStep, rule: Rule[Any], members: Mapping[str, Member], base: Member | None) -> tuple[Piece, ...]:
-    """The step's slices, or all models as one, with the base where the rule wants it.
-
-    mergekit's recipes list the base among the models; rules with a base take it out again, and rules that only call
-    their first model so (slerp) put it first.
-    """
-    pieces = []
-    for piece in step.slices or (Slice(step.inputs, step.base, {}),):
-        theirs = [i for i in piece.inputs if base is not None and _same(members[i.model], base)]
-        others = [i for i in piece.inputs if i not in theirs]
-        if base is not None and rule.base_first:
-            first = theirs or [Input(step.base or "", {}, others[0].layers if others else None)]
-            pieces.append(Piece((*first, *others), piece.settings))
-        elif base is not None and rule.reads_base and theirs:
-            if step.dialect == "regraft" and not step.slices:
-                what = f"the base is also listed among the models ({theirs[0].model})"
-                raise UserError("RG305", what, where=step.where, fix="list only its fine-tunes under models")
-            pieces.append(Piece(tuple(others), piece.settings, theirs[0].layers))
-        else:
-            pieces.append(Piece(tuple(piece.inputs), piece.settings))
-        rule.check_count(len(pieces[-1].inputs), where=step.where)
-    return tuple(pieces)
-
-
-def _same(a: Member, b: Member) -> bool:
-    one, other = a.checkpoint, b.checkpoint
-    return one is other or (
-        (one.path, one.revision, one.adapters) == (other.path, other.revision, other.adapters)
-        and type(one) is type(other) is Checkpoint
-    )
 
 
 def _kept(name: str, excluded: Sequence[re.Pattern[str]]) -> bool:

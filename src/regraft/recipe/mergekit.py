@@ -14,10 +14,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from regraft.checkpoint.paths import WEIGHT_SUFFIXES
 from regraft.merge.rule import Rule
 from regraft.methods import methods
 from regraft.recipe.chat_templates import chat_template
-from regraft.recipe.document import MAX_MODELS, Input, MergeStep, Recipe, Setting, Slice, VocabularyChoice
+from regraft.recipe.document import (
+    MAX_MODELS,
+    STATE_DICT,
+    Input,
+    MergeStep,
+    ModulePart,
+    Recipe,
+    Setting,
+    Slice,
+    VocabularyChoice,
+)
 from regraft.recipe.fields import Field
 from regraft.recipe.names import Names, check_name
 from regraft.recipe.option_values import OptionReader
@@ -38,6 +49,17 @@ TOP_KEYS = (
     "name",
 )
 STEP = "merged"
+# What a slice cannot have, and why.
+NOT_IN_SLICES = {
+    "residual_weight": (
+        "residual_weight changes nothing in mergekit's results, and regraft does not have it",
+        "remove it",
+    ),
+    "merge_method": (
+        "a recipe has one merge_method, and mergekit ignores that of a slice",
+        "merge by each method in a document of its own, and stack the results in a last one",
+    ),
+}
 # Options that mergekit takes for a method but that change nothing in its result.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "task_arithmetic": ("int8_mask", "density", "rescale"),
@@ -92,9 +114,7 @@ def _name(root: Field) -> str | None:
 
 def _needs(step: MergeStep, steps: Collection[str]) -> set[str]:
     """The other documents whose results a step uses."""
-    inputs = [*step.inputs, *(i for piece in step.slices for i in piece.inputs)]
-    named = [*(i.model for i in inputs), step.base, step.tokenizer_from]
-    return {name for name in named if name is not None and name in steps}
+    return {name for name in step.references if name in steps}
 
 
 class _Reader:
@@ -103,7 +123,6 @@ class _Reader:
     def __init__(self, root: Field, name: str, others: Collection[str] = ()) -> None:
         self.root, self.name, self.others = root, name, others
         self.top = root.check_keys(TOP_KEYS, "a mergekit recipe")
-        self._refuse("modules", "regraft does not merge the modules of a model one by one", "merge whole models")
         self.rule = _rule(self.top["merge_method"])
         self.reader = OptionReader(self.rule, "mergekit")
         self.base = self._reference(self.top["base_model"]) if self._has("base_model") else None
@@ -111,33 +130,21 @@ class _Reader:
 
     def step(self) -> MergeStep:
         """The file as one merge step."""
-        given = [k for k in ("models", "slices") if self._has(k)]
-        if len(given) != 1:
-            what = "the recipe has both models and slices" if given else "the recipe has neither models nor slices"
-            raise self.root.error("RG303", what, "give one of them")
-        entries = self.top[given[0]].entries("a list")
-        if given == ["slices"]:
-            self._promote_base(entries)
-        if self.base is None and (self.rule.needs_base or self.rule.base_first):
-            what = f"{self.rule.name} needs a base model"
-            raise self.root.error("RG304", what, "add base_model: <one of the models, or the one they come from>")
-        inputs = self._inputs(entries) if given == ["models"] else ()
-        slices = tuple(self._slice(e) for e in entries) if given == ["slices"] else ()
-        groups = [s.inputs for s in slices] or [inputs]
-        where = f"{self.root.file}, line {self.top[given[0]].node.line}, {given[0]}"
-        for group in groups:
-            self.rule.check_count(len(self._besides_base(group)), where=where)
-        if slices and self.rule.base_first:
-            slices = tuple(replace(s, inputs=self._base_in_front(s.inputs)) for s in slices)
-        settings = self._parameters(self.top, len(self._besides_base(groups[0])))
+        kind, field = self._one_of(self.root, self.top, ("models", "slices", "modules"))
+        inputs = self._inputs(field) if kind == "models" else ()
+        slices = self._slices(field) if kind == "slices" else ()
+        modules = tuple(self._module(*m) for m in self._modules(field)) if kind == "modules" else ()
+        groups = [*slices, *(piece for part in modules for piece in part.slices)]
+        settings = self._parameters(self.top, self._count(inputs, groups))
         dtype, out_dtype = (self._dtype(key) for key in ("dtype", "out_dtype"))
         vocabulary = self._vocabulary()
-        return MergeStep(
+        step = MergeStep(
             name=self.name,
             method=self.rule.name,
-            base=self.base,
+            base=self._common_base(groups),
             inputs=inputs,
             slices=slices,
+            modules=modules,
             settings=settings,
             dtype=dtype,
             out_dtype=out_dtype,
@@ -147,8 +154,42 @@ class _Reader:
             dialect="mergekit",
             where=f"{self.root.file}, line {self.top['merge_method'].node.line}, merge_method {self.rule.name}",
         )
+        return replace(step, output=STATE_DICT) if _of_files(step) else step
 
-    def _inputs(self, entries: list[Field]) -> tuple[Input, ...]:
+    def _one_of(self, place: Field, items: dict[str, Field], kinds: tuple[str, ...]) -> tuple[str, Field]:
+        """Which of the keys is given, of which there must be one, and what it holds."""
+        given = [k for k in kinds if k in items and not items[k].is_null]
+        if len(given) != 1:
+            *most, last = given or kinds
+            named = f"{', '.join(most)} {'and' if given else 'nor'} {last}"
+            if not given:
+                named = named.replace(", ", " nor ")
+            what = f"{place.key} has {'both ' if given else 'neither '}{named}"
+            raise place.error("RG303", what, "give one of them")
+        return given[0], items[given[0]]
+
+    def _common_base(self, slices: Sequence[Slice]) -> str | None:
+        """The recipe's base; without one that of its slices, as long as those that name one name the same."""
+        own = [piece.base for piece in slices if piece.base is not None]
+        if self.base is not None or not own or not all(self.same(base, own[0]) for base in own):
+            return self.base
+        return own[0]
+
+    def _modules(self, field: Field) -> list[tuple[str, Field]]:
+        found = list(field.items("a mapping: the name of each module and what it is made of").items())
+        if not found:
+            raise field.error("RG303", "modules is empty", "give default: {models: [...]}")
+        return found
+
+    def _module(self, name: str, field: Field) -> ModulePart:
+        items = field.check_keys(("models", "slices", "parameters"), "a module")
+        kind, given = self._one_of(field, items, ("models", "slices"))
+        inputs = self._inputs(given) if kind == "models" else ()
+        slices = self._slices(given) if kind == "slices" else ()
+        return ModulePart(name, inputs, slices, self._parameters(items, self._count(inputs, slices)), field.where)
+
+    def _inputs(self, field: Field) -> tuple[Input, ...]:
+        entries = field.entries("a list")
         items = [e.check_keys(("model", "parameters"), "an entry of models") for e in entries]
         names = [self._model(e, i) for e, i in zip(entries, items, strict=True)]
         if len(names) > MAX_MODELS:
@@ -156,7 +197,7 @@ class _Reader:
             raise self.root.error("RG305", what, f"merge at most {MAX_MODELS:,}")
         if (i := Names({}).repeated(names)) is not None:
             raise entries[i].error("RG305", f"{names[i]} is listed twice among the models", "list it once")
-        n = len(self._besides_base([Input(name) for name in names]))
+        n = len(self._besides_base([Input(name) for name in names], self.base))
         inputs = tuple(Input(name, self._parameters(i, n, name)) for name, i in zip(names, items, strict=True))
         listed = self.base is not None and any(self.same(name, self.base) for name in names)
         if self.base is not None and not listed and not self.rule.reads_base:
@@ -164,25 +205,21 @@ class _Reader:
                 what = f"{self.rule.name} uses no base, and base_model {self.base} is not among its models"
                 raise self.top["base_model"].error("RG305", what, "list it under models, or remove it")
             inputs = (Input(self.base), *inputs)
-        return self._base_in_front(inputs) if self.rule.base_first else inputs
+        return self._checked_group(field, inputs, self.base)
 
-    def _promote_base(self, slices: list[Field]) -> None:
-        """A base_model that slices name is the recipe's, as long as there is only one."""
-        for field in slices:
-            items = field.items("{sources: [...]}")
-            if "base_model" in items and not items["base_model"].is_null:
-                own = self._reference(items["base_model"])
-                if self.base is not None and not self.same(own, self.base):
-                    what = f"the recipe has two base models, {self.base} and {own}"
-                    raise items["base_model"].error("RG309", what, "use one base_model for all slices")
-                self.base = own
+    def _slices(self, field: Field) -> tuple[Slice, ...]:
+        return tuple(self._slice(entry) for entry in field.entries("a list"))
 
     def _slice(self, field: Field) -> Slice:
-        items = field.check_keys(("sources", "base_model", "parameters", "residual_weight"), "a slice")
-        if "residual_weight" in items:
-            raise items["residual_weight"].error("RG309", "regraft has no residual_weight", "remove it")
+        known = ("sources", "base_model", "parameters")
+        items = field.check_keys((*known, *NOT_IN_SLICES), "a slice")
+        for key, (what, fix) in NOT_IN_SLICES.items():
+            if key in items and not items[key].is_null:
+                raise items[key].error("RG309", what, fix)
         if "sources" not in items:
             raise field.error("RG303", "the slice has no sources", "add sources: [{model: ..., layer_range: [0, 4]}]")
+        own = "base_model" in items and not items["base_model"].is_null
+        base = self._reference(items["base_model"]) if own else self.base
         entries = items["sources"].entries("a list of {model: ..., layer_range: [0, 4]}")
         sources = []
         for entry in entries:
@@ -194,22 +231,37 @@ class _Reader:
         if len(set(lengths)) > 1:
             what = f"the sources of a slice give different numbers of layers ({', '.join(map(str, lengths))})"
             raise items["sources"].error("RG303", what, "give ranges of one length")
-        n = len(self._besides_base([Input(model) for _, _, model, _ in sources]))
+        n = len(self._besides_base([Input(model) for _, _, model, _ in sources], base))
         inputs = tuple(Input(model, self._parameters(one, n, model), layers) for _, one, model, layers in sources)
-        return Slice(inputs, None, self._parameters(items, n))
+        return Slice(self._checked_group(items["sources"], inputs, base), base, self._parameters(items, n))
 
-    def _besides_base(self, inputs: tuple[Input, ...] | list[Input]) -> list[Input]:
-        if self.base is None or not self.rule.reads_base:
-            return list(inputs)
-        return [i for i in inputs if not self.same(i.model, self.base)]
+    def _checked_group(self, field: Field, inputs: tuple[Input, ...], base: str | None) -> tuple[Input, ...]:
+        """The models that are merged at one place, as many as the rule takes, with the base that it needs.
 
-    def _base_in_front(self, inputs: tuple[Input, ...]) -> tuple[Input, ...]:
-        """For rules whose first model is what mergekit calls the base."""
-        first = [i for i in inputs if self.base is not None and self.same(i.model, self.base)]
+        For rules whose first model is what mergekit calls the base, they begin with it.
+        """
+        if base is None and (self.rule.needs_base or self.rule.base_first):
+            what = f"{self.rule.name} needs a base model"
+            raise field.error("RG304", what, "add base_model: <one of the models, or the one they come from>")
+        self.rule.check_count(len(self._besides_base(inputs, base)), where=field.where)
+        if not self.rule.base_first:
+            return inputs
+        first = [i for i in inputs if base is not None and self.same(i.model, base)]
         if not first:
-            what = f"base_model {self.base} is not among the models of each slice"
-            raise self.root.error("RG305", what, f"{self.rule.name} merges the base and one other model")
+            what = f"base_model {base} is not among the models of each slice"
+            raise field.error("RG305", what, f"{self.rule.name} merges the base and one other model")
         return (*first, *(i for i in inputs if i not in first))
+
+    def _count(self, inputs: Sequence[Input], slices: Sequence[Slice]) -> int:
+        """How many models are merged besides the base: in the first slice, if there are slices."""
+        if slices:
+            return len(self._besides_base(slices[0].inputs, slices[0].base))
+        return len(self._besides_base(inputs, self.base))
+
+    def _besides_base(self, inputs: Sequence[Input], base: str | None) -> list[Input]:
+        if base is None or not self.rule.reads_base:
+            return list(inputs)
+        return [i for i in inputs if not self.same(i.model, base)]
 
     def _parameters(self, items: dict[str, Field], n: int, model: str | None = None) -> dict[str, Setting]:
         """The `parameters` of one level; `model`: of this model's entry."""
@@ -231,7 +283,9 @@ class _Reader:
             return self._checked(field, field.text("a path or Hub id"))
         items = field.check_keys(("model", "lora", "override_architecture"), "a model")
         if "override_architecture" in items and not items["override_architecture"].is_null:
-            raise items["override_architecture"].error("RG309", "regraft does not override architectures", "remove it")
+            what = "override_architecture is not needed: what a tensor is, its name and the configuration tell"
+            fix = "remove it; change architectures in the model's config.json if another class is to load the result"
+            raise items["override_architecture"].error("RG309", what, fix)
         if "model" not in items:
             raise field.error("RG303", "the entry names no model", "add model: <path or Hub id>")
         parts = [_path(items[k]) for k in ("model", "lora") if k in items and not items[k].is_null]
@@ -276,9 +330,12 @@ class _Reader:
     def _has(self, key: str) -> bool:
         return key in self.top and not self.top[key].is_null
 
-    def _refuse(self, key: str, what: str, fix: str) -> None:
-        if key in self.top:
-            raise self.top[key].error("RG309", what, fix)
+
+def _of_files(step: MergeStep) -> bool:
+    """Whether a recipe merges bare files of weights, as for mergekit-pytorch, and asks for nothing that only models
+    have."""
+    more = (step.slices, step.modules, step.vocabulary, step.chat_template)
+    return not any(more) and all(name.endswith(WEIGHT_SUFFIXES) for name in step.references)
 
 
 def _path(field: Field) -> str:

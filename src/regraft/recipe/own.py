@@ -22,6 +22,9 @@ from regraft.recipe.chat_templates import chat_template
 from regraft.recipe.document import (
     MAX_MODELS,
     MAX_STEPS,
+    OUTPUTS,
+    STATE_DICT,
+    TENSORS,
     EvaluateStep,
     Input,
     MergeStep,
@@ -55,8 +58,8 @@ MERGE_KEYS = (
     "rank",
     "energy",
     "max_rank",
+    "tensors",
 )
-OUTPUTS = ("model", "lora")
 EVALUATE_KEYS = ("evaluate", "models", "data")
 MAX_SEED = 2**63 - 1
 
@@ -150,6 +153,7 @@ class _Merge:
         vocabulary = self._vocabulary(base)
         exclude, template = self._exclude(), self._chat_template()
         output, cut = self._output()
+        tensors = self._tensors(output)
         return [
             MergeStep(
                 name=self.body.step + member.suffix,
@@ -170,6 +174,7 @@ class _Merge:
                 sweep=member.values,
                 output=output,
                 cut=cut,
+                tensors=tensors,
             )
             for member in members
         ]
@@ -244,7 +249,7 @@ class _Merge:
         if len(set(counts)) > 1:
             what = f"the slices have different numbers of models ({', '.join(map(str, counts))})"
             raise self.items["slices"].error("RG305", what, "give each slice the same number")
-        return tuple(slices), base
+        return tuple(replace(piece, base=base) for piece in slices), base
 
     def _slice_input(self, entry: Field, n: int) -> Input:
         items = entry.check_keys(("model", "layers", *self.reader.names), "a model of a slice")
@@ -267,7 +272,7 @@ class _Merge:
 
     def _output(self) -> tuple[str, Truncation | None]:
         """What the step makes, and where an adapter is cut off."""
-        output = self.items["output"].text("model or lora") if "output" in self.items else "model"
+        output = self.items["output"].text(f"one of {', '.join(OUTPUTS)}") if "output" in self.items else "model"
         if output not in OUTPUTS:
             raise self.items["output"].error("RG303", f"output is {output!r}", nearest(output, OUTPUTS))
         given = {key: self.items[key] for key in ("rank", "energy", "max_rank") if key in self.items}
@@ -280,6 +285,18 @@ class _Merge:
             return output, Truncation(**{key: item.value for key, item in given.items()})
         except UserError as error:
             raise first.error(error.code, error.what, error.fix) from None
+
+    def _tensors(self, output: str) -> str:
+        """What becomes of tensors that only some state dicts have."""
+        if "tensors" not in self.items:
+            return "same"
+        item = self.items["tensors"]
+        tensors = item.text(f"one of {', '.join(TENSORS)}")
+        if tensors not in TENSORS:
+            raise item.error("RG303", f"tensors is {tensors!r}", nearest(tensors, TENSORS))
+        if output != STATE_DICT:
+            raise item.error("RG303", "tensors is for state dicts", f"add output: {STATE_DICT}, or leave it out")
+        return tensors
 
     def _exclude(self) -> tuple[str, ...]:
         if "exclude" not in self.items:

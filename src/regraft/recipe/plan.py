@@ -165,9 +165,7 @@ class Members:
 
     def of(self, step: MergeStep) -> Mapping[str, Member]:
         """The members that a step names, under the names that it uses."""
-        names = [i.model for s in (step.slices or ()) for i in s.inputs] + [i.model for i in step.inputs]
-        names += [n for n in (step.base, step.config_from, step.tokenizer_from) if n]
-        return {name: self.get(name, step.base if name != step.base else None) for name in dict.fromkeys(names)}
+        return {name: self.get(name, step.base if name != step.base else None) for name in step.references}
 
     def get(self, name: str, base: str | None = None) -> Member:
         """The model of a name; a delta alone is one on `base`, if there is a base.

@@ -48,6 +48,7 @@ class Resolver:
         self._used: set[int] = set()
         self._filters: dict[int, str] = {}
         self._names: list[str] = []
+        self._gradients: set[str] = set()
 
     def options(
         self,
@@ -55,17 +56,24 @@ class Resolver:
         depth: float,
         inputs: Sequence[Input],
         levels: Sequence[Mapping[str, Setting]],
+        theirs: Sequence[str] = (),
     ) -> Options:
         """Validated options for the tensor `name`; `levels` go from the closest (slice) to the widest (step).
+
+        `theirs`: what each of the models calls the tensor, where layers have other numbers than in the result. In
+        mergekit's recipes it is that name that filters of options per model are about.
 
         Raises:
             UserError: RG303 for a value out of range, or for one that a mergekit recipe has to give.
         """
         self._names.append(name)
+        called = theirs if theirs and self._dialect == "mergekit" else [name] * len(inputs)
         values: dict[str, Any] = {}
         for option in self._attributes:
             if option in self._per_model:
-                each = [self._find(option, name, depth, [i.settings, *levels]) for i in inputs]
+                each = [
+                    self._find(option, own, depth, [i.settings, *levels]) for own, i in zip(called, inputs, strict=True)
+                ]
                 if all(v is _MISSING for v in each):
                     each = [self._default(option)] * len(inputs)
                     if each[0] is _MISSING:
@@ -99,6 +107,11 @@ class Resolver:
                 what = f"the filter {text!r} selects no tensor of {family or 'this model'}"
                 raise UserError("RG308", what, where=self.where, fix=fix)
 
+    def remarks(self) -> list[str]:
+        """What to tell where nothing is known of layers."""
+        named = ", ".join(sorted(self._gradients))
+        return [f"nothing is known of layers here, so that lists take their first value ({named})"] if named else []
+
     def _find(self, option: str, name: str, depth: float, levels: Iterable[Mapping[str, Setting]]) -> Any:
         found: Any = _MISSING
         for level in levels:
@@ -107,6 +120,8 @@ class Resolver:
                     self._filters[id(condition)] = str(condition.filter)
                 if condition.filter in (None, "*") or str(condition.filter) in name:
                     self._used.add(id(condition))
+                    if isinstance(condition.value, (list, tuple)) and len(condition.value) > 1:
+                        self._gradients.add(option)
                     if found is _MISSING:
                         found = self._translate(option, interpolate(condition.value, depth))
         return found

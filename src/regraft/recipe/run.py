@@ -22,14 +22,14 @@ from regraft.checkpoint import Checkpoint, open_checkpoint
 from regraft.checkpoint.delta import check_bases
 from regraft.checkpoint.lineage import FILE_NAME, Lineage
 from regraft.checkpoint.output import clear_leftovers, unfinished_in
+from regraft.checkpoint.paths import WEIGHT_SUFFIXES
 from regraft.errors import UserError, nearest
-from regraft.recipe.document import EvaluateStep, MergeStep, Recipe
+from regraft.recipe.document import OUTPUTS, STATE_DICT, EvaluateStep, MergeStep, Recipe
 from regraft.recipe.execute import execute
 from regraft.recipe.execute_adapter import is_adapter, open_result, write_adapter
 from regraft.recipe.file_states import data_files, pictures_beside
 from regraft.recipe.fit import Member
 from regraft.recipe.merge_plan import MergePlan, plan_merge
-from regraft.recipe.own import OUTPUTS
 from regraft.recipe.plan import Members, Plan, fold, make_plan, size_run
 from regraft.recipe.progress import Progress, Silent
 from regraft.recipe.scores import Evaluation, record_scores
@@ -128,7 +128,7 @@ def with_output(
     """The recipe whose last model is made as the command line says; what it leaves open stays as it is.
 
     Raises:
-        UserError: RG303 for another output than "model" and "lora", and for ranks of something else than an adapter.
+        UserError: RG303 for another output than those of `OUTPUTS`, and for ranks of something else than an adapter.
     """
     final = only_result(recipe)
     chosen = output or final.output
@@ -150,10 +150,7 @@ def only_result(recipe: Recipe) -> MergeStep:
         what = f"the recipe also measures ({measured[0].name}), and merge makes one model"
         raise UserError("RG309", what, where=measured[0].where, fix="use: regraft run")
     steps = [s for s in recipe.steps if isinstance(s, MergeStep)]
-    used = {i.model for s in steps for p in (s.slices or ()) for i in p.inputs} | {
-        i.model for s in steps for i in s.inputs
-    }
-    used |= {n for s in steps for n in (s.base, s.config_from, s.tokenizer_from) if n}
+    used = {name for s in steps for name in s.references}
     results = [s for s in steps if s.name not in used]
     if len(results) != 1:
         names = ", ".join(s.name for s in results)
@@ -164,6 +161,9 @@ def only_result(recipe: Recipe) -> MergeStep:
 
 def _check_output(out: Path, plan: Plan, settings: Settings) -> None:
     resolved = out.resolve()
+    if only_result(plan.recipe).output == STATE_DICT and out.name.endswith(WEIGHT_SUFFIXES):
+        what = "the output is a folder, with the tensors in model.safetensors, and its name is that of a file"
+        raise UserError("RG405", what, where=str(out), fix=f"name it {out.with_suffix('')}")
     for step in plan.merges:
         for member in step.parents:
             for folder in (member.checkpoint.path, *member.checkpoint.folders):

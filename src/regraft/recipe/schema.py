@@ -14,6 +14,7 @@ from regraft.merge.rule import REQUIRED, Rule, one_model_fields, per_model_field
 from regraft.methods import ROOMS, Method, methods
 from regraft.recipe import mergekit, own, tokens
 from regraft.recipe.chat_templates import TEMPLATES
+from regraft.recipe.document import OUTPUTS, TENSORS
 from regraft.recipe.fields import DTYPES
 from regraft.recipe.option_values import OptionReader
 
@@ -112,7 +113,10 @@ def _merge_step(rule: Rule[Any], shared: dict[str, Any]) -> dict[str, Any]:
             **_closed({name: _list({"anyOf": _forms(v)}) for name, v in {**values, "seed": _SEED}.items()}),
             "description": "one model for each combination of these values",
         },
-        "output": {"enum": list(own.OUTPUTS), "description": "a model, or of adapters of one base an adapter"},
+        "output": {
+            "enum": list(OUTPUTS),
+            "description": "a model, of adapters of one base an adapter, or bare tensors by name",
+        },
         "rank": {**_RANK, "description": "of the adapter, which is then no longer exact"},
         "energy": {
             "type": "number",
@@ -121,6 +125,10 @@ def _merge_step(rule: Rule[Any], shared: dict[str, Any]) -> dict[str, Any]:
             "description": "the share of each tensor's squared change that the adapter keeps",
         },
         "max_rank": {**_RANK, "description": "no larger rank than this with energy"},
+        "tensors": {
+            "enum": list(TENSORS),
+            "description": "of state dicts that differ: an error, those that all have, or those that any has",
+        },
     }
     # With slices the base may stand in one of them.
     choice = [{"required": ["models", "base"] if rule.needs_base else ["models"]}, {"required": ["slices"]}]
@@ -156,13 +164,20 @@ def _mergekit() -> dict[str, Any]:
         )
     reference = {"anyOf": [_TEXT, {"type": "object", "required": ["model"]}]}
     source = _closed({"model": reference, "layer_range": _LAYERS, "parameters": {}}, ["model", "layer_range"])
+    piece = _closed({"sources": _list(source), "base_model": reference, "parameters": {}}, ["sources"])
+    groups = {"models": _list(_closed({"model": reference, "parameters": {}}, ["model"])), "slices": _list(piece)}
+    either = [{"required": ["models"]}, {"required": ["slices"]}]
     top: dict[str, Any] = {
         "merge_method": {"enum": [r.name for r in rules], "description": _summaries("merge", rules)},
         "base_model": reference,
-        "models": _list(_closed({"model": reference, "parameters": {}}, ["model"])),
-        "slices": _list(
-            _closed({"sources": _list(source), "base_model": reference, "parameters": {}}, ["sources"]),
-        ),
+        **groups,
+        "modules": {
+            "type": "object",
+            "additionalProperties": {**_closed({**groups, "parameters": {}}), "oneOf": either},
+            "minProperties": 1,
+            "description": "what each module of the model is made of, in families of several",
+        },
+        "name": {**_TEXT, "description": "of the result, for other recipes in the file"},
         "parameters": {},
         "dtype": _DTYPE,
         "out_dtype": _DTYPE,
@@ -170,7 +185,7 @@ def _mergekit() -> dict[str, Any]:
         "tokenizer": _tokenizer(reference),
         "chat_template": {"anyOf": [{"enum": ["auto", *sorted(TEMPLATES)]}, {"type": "string", "pattern": "\\{"}]},
     }
-    choice = [{"required": ["models"]}, {"required": ["slices"]}]
+    choice = [*either, {"required": ["modules"]}]
     return {**_closed(top, ["merge_method"]), "oneOf": choice, "allOf": cases, "$defs": shared}
 
 
@@ -199,8 +214,11 @@ def _parameters_of(rule: Rule[Any]) -> dict[str, Any]:
     whole = {"properties": {"parameters": {"$ref": f"#/$defs/{rule.name}.parameters"}}}
     single = {"items": {"properties": {"parameters": {"$ref": f"#/$defs/{rule.name}.model_parameters"}}}}
     pieces = {"items": {"properties": {**whole["properties"], "sources": single}}}
-    required = {"required": ["base_model"]} if rule.base_first else {}
-    return {"properties": {**whole["properties"], "models": single, "slices": pieces}, **required}
+    groups = {**whole["properties"], "models": single, "slices": pieces}
+    modules = {"additionalProperties": {"properties": groups}}
+    # Slices may name their own.
+    based = {"anyOf": [{"required": [key]} for key in ("base_model", "slices", "modules")]} if rule.base_first else {}
+    return {"properties": {**groups, "modules": modules}, **based}
 
 
 def _values(method: Method, shared: dict[str, Any], dialect: str = "regraft") -> dict[str, Any]:

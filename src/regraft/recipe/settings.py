@@ -21,6 +21,7 @@ class Settings:
         max_memory: bytes of private memory for the whole process; no limit if None.
         shard_bytes: size of an output shard.
         seed: replaces the recipe's seed.
+        tensors: replaces what the recipe says of tensors that only some state dicts have.
     """
 
     offline: bool = False
@@ -33,3 +34,4 @@ class Settings:
     max_memory: int | None = None
     shard_bytes: int = 5 * 10**9
     seed: int | None = None
+    tensors: str | None = None

@@ -196,8 +196,7 @@ def _named(recipe: Recipe) -> list[list[str]]:
             models += step.models
             data.append(step.data)
             continue
-        models += [i.model for s in step.slices for i in s.inputs] + [i.model for i in step.inputs]
-        models += [name for name in (step.base, step.config_from, step.tokenizer_from) if name]
+        models += step.references
     made = {step.name for step in recipe.steps}
     references = (recipe.models.get(name, name) for name in models if name not in made)
     return [*(["model", text] for text in dict.fromkeys(references)), *(["data", text] for text in dict.fromkeys(data))]
