@@ -34,10 +34,10 @@ def test_help_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize(("arguments", "status"), [(["methods"], 0), (["mrege"], 2)])
 def test_the_process_ends_with_the_status_after_the_last_thread(arguments: list[str], status: int) -> None:
     code = (
-        "import sys, threading, time\n"
+        "import sys, threading\n"
         "from regraft.cli.main import process\n"
         "import torch\n"
-        "threading.Thread(target=lambda: (time.sleep(0.5), print('the thread'))).start()\n"
+        "threading.Thread(target=lambda: (threading.main_thread().join(), print('the thread'))).start()\n"
         f"sys.argv = ['regraft', *{arguments!r}]\n"
         "process()\n"
     )

@@ -273,7 +273,7 @@ def test_bad_values_leave_nothing(family: Path, tmp_path: Path) -> None:
 DRIVER = """
 import sys, time
 from regraft.checkpoint.writer import ModelWriter
-from regraft.cli.main import main
+from regraft.cli.main import process
 pace, finish = sys.argv.pop(1), ModelWriter.finish
 def watched(self, name, facts):
     finish(self, name, facts)
@@ -283,7 +283,7 @@ def watched(self, name, facts):
     time.sleep(0.1)
 if pace != "at once":
     ModelWriter.finish = watched
-main()
+process()
 """
 
 
