@@ -80,11 +80,16 @@ class UserError(Exception):
             sentence += f" ({where})"
         if fix:
             sentence += f": {fix}"
-        super().__init__(" ".join(sentence.split()))
+        super().__init__(printable(" ".join(sentence.split())))
 
 
 class UserWarningMessage(UserWarning):
     """A remark that does not stop a run; the CLI prints it once, the lineage file keeps it."""
+
+
+def printable(text: str) -> str:
+    """A text whose control characters are spelt out: names in files of others may hold commands for the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -206,3 +206,11 @@ def test_quiet_leaves_the_result(arguments: list[str]) -> None:
 
 def test_verbose_shows_other_warnings() -> None:
     assert "for programmers" in _invoke(_talk, "work", "-v").stderr
+
+
+def test_names_in_files_of_others_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b]0;owned\x07\u202eb\udc80 é"
+    safe = r"a\x1b]0;owned\x07\u202eb\udc80 é"
+    assert str(UserError("RG202", f"there is no tensor {name}")) == f"there is no tensor {safe}"
+    Terminal().note(f"first\n{name}")
+    assert capsys.readouterr().err == f"note: first\n{safe}\n"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 import typer
 
 from regraft.cli.signals import WORDS, stopping
-from regraft.errors import UserError, UserWarningMessage
+from regraft.errors import UserError, UserWarningMessage, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +74,7 @@ class Terminal:
     def line(self, text: str) -> None:
         """A remark, unless --quiet."""
         if not self.quiet:
-            self.err.print(text, markup=False)
+            self.err.print(printable(text), markup=False)
 
     def note(self, text: str) -> None:
         """A remark of regraft's, once, unless --quiet."""
