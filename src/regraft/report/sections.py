@@ -1,4 +1,4 @@
-"""What a page is made of: `Text`, `Table`, `Figure` and `Graph`, each of which renders itself.
+"""What a page is made of: `Text`, `Table`, `Figure`, `Graph` and `Entries`, each of which renders itself.
 
 A section is anything with a `title` and an `html()`; later parts of regraft bring their own.
 """
@@ -6,7 +6,7 @@ A section is anything with a `title` and an `html()`; later parts of regraft bri
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -111,16 +111,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing (see `charts`), with a caption below it."""
+    """A drawing (see `charts`), with a caption below it; `values` is the same as a table, folded, for those who cannot
+    see the drawing or want its numbers."""
 
     title: str
     drawing: Markup
     caption: str = ""
+    values: Table | None = None
 
     def html(self) -> Markup:
         caption = tag("figcaption", self.caption) if self.caption else None
         box = tag("div", self.drawing, class_="scroll", tabindex="0", role="region", aria_label=self.title)
-        return tag("figure", box, caption)
+        table = None
+        if self.values is not None:
+            table = tag("details", tag("summary", "As a table"), self.values.html(), class_="values")
+        return tag("figure", box, caption, table)
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,37 @@ class Graph:
             legend = tag("ul", *entries, class_="legend")
         figure = Figure(self.title, draw_graph(self.title, self.nodes, self.edges), self.caption)
         return join([legend, figure.html()])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing with its facts: `facts` are name -> value; values that are `Markup` may hold links. `note` stands
+    beside the name where the entry is folded; `anchor` is the id that links lead to."""
+
+    name: str
+    anchor: str
+    facts: Mapping[str, str]
+    note: str = ""
+    kind: str = "model"
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A list of things, each folded to a line; a link to one opens it."""
+
+    title: str
+    entries: Sequence[Entry]
+    caption: str = ""
+
+    def html(self) -> Markup:
+        items = []
+        for one in self.entries:
+            facts = [tag("div", tag("dt", name), tag("dd", value)) for name, value in one.facts.items()]
+            note = tag("span", one.note, class_="note") if one.note else None
+            head = tag("summary", tag("span", class_=f"key {one.kind}"), tag("b", one.name), " ", note)
+            items.append(tag("details", head, tag("dl", *facts), id=one.anchor, class_="entry"))
+        caption = tag("p", self.caption, class_="caption") if self.caption else None
+        return join([tag("div", *items, class_="entries"), caption])
 
 
 def format_value(value: float | str | None, column: Column) -> str:
