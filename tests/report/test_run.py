@@ -10,8 +10,9 @@ import pytest
 
 from regraft.checkpoint.lineage import InputRecord, Lineage, OptionGroup
 from regraft.errors import UserError
+from regraft.report.lineage import brief_options, read_lineages
 from regraft.report.page import render
-from regraft.report.run import brief_options, read_lineages, run_sections
+from regraft.report.run import run_sections
 from regraft.report.sections import Figure, Graph, Table
 
 
@@ -36,7 +37,8 @@ def save(folder: Path, method: str, options: list[dict[str, Any]], *models: str,
     groups = [OptionGroup(options=o, tensors=["x"], count=1) for o in options]
     diagnostics: dict[str, Any] = {}
     if base:
-        layers = [{"stack": "", "layer": i, "norms": [1.0 + i, 2.0]} for i in range(5)]
+        more = {"base_norm": 4.0, "sign_conflict": 0.25}
+        layers = [{"stack": "", "layer": i, "norms": [1.0 + i, 2.0], **more} for i in range(5)]
         diagnostics = {"models": list(models), "cosine": [[1.0, 0.2], [0.2, 1.0]], "layers": layers}
     lineage = Lineage(method=method, inputs=inputs, options=groups, key=f"key-{folder.name}", diagnostics=diagnostics)
     lineage.write(folder)
@@ -103,7 +105,7 @@ def test_a_folder_without_lineage_is_an_error(tmp_path: Path) -> None:
 
 def test_probes_show_answers_and_no_best_without_labels() -> None:
     from regraft.recipe.run import Evaluation
-    from regraft.report.run import score_sections
+    from regraft.report.scores import score_sections
 
     def probed(model: str, output: str, truth: str | None) -> Evaluation:
         answer = {"input": "one", "output": output, "value": 0.5, "truth": truth}

@@ -178,9 +178,10 @@ def size_on_disk(folder: Path) -> int:
 def _method(lineage: Lineage) -> Method | None:
     """The method as this version registers it; None for what is no registered method, or one of another version."""
     try:
-        return method(lineage.kind, lineage.method)
-    except (UserError, KeyError):
+        found: Method = method(lineage.kind, lineage.method)
+    except UserError:
         return None
+    return found
 
 
 def _anchors(lineages: Mapping[str, Lineage]) -> dict[str, str]:
