@@ -15,7 +15,6 @@ from regraft.report.markup import Markup, join, number, tag
 
 _WIDE = 16  # columns of a heat map that still leave room for values
 _LONGEST = 28  # characters of a name beside a heat map
-_STRONG = 0.62  # tint from which a value is written in the colour for dark grounds
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,12 @@ def heat_map(
             words = f"{100 * value:.1f}" if percent else f"{value:{form}}"
             words = f"+{words}" if signed and value > 0 else words.replace("-", "−")
             told = tag("title", f"{name}, {columns[j]}: {words}")
-            opacity = f"{tint:.2f}"
-            shapes.append(tag("rect", told, class_=kind, rx="4", fill_opacity=opacity, height=number(tall - 2), **box))
+            # How deep the deepest tint may be, for texts to stand out, depends on the colours: see page.css.
+            share = f"--tint-share:{tint:.2f}"
+            shapes.append(tag("rect", told, class_=kind, rx="4", style=share, height=number(tall - 2), **box))
             if not compact:
-                strong = "middle on" if tint > _STRONG else "middle"
                 at = {"x": number(x_cell + wide / 2), "y": number(y_row + tall / 2 + 4.5)}
-                shapes.append(tag("text", words, class_=strong, **at))
+                shapes.append(tag("text", words, class_="middle", **at))
     right = 0.77 * CHARACTER * len(columns[-1]) if slanted else 0.0
     return svg(title, left + wide * len(columns) + 2 + max(0.0, right - wide / 2), top + tall * len(rows) + 2, shapes)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from regraft.report.frame import STYLES, Frame, svg, ticks
 from regraft.report.markup import Markup, number, tag
 
+_ASIDE = 2.5
 MOST_POINTS = 240  # of a curve; more is not seen at this width
 
 
@@ -53,8 +54,10 @@ def curves(
     for tick in x_ticks:
         x = number(frame.along(tick, x_ticks))
         shapes.append(tag("text", f"{tick:.6g}", x=x, y=number(frame.bottom + 18), class_="middle axis"))
+    spread = any(point.interval is not None for point in every)
     for k, (name, points) in enumerate(clean.items()):
-        drawn = [(frame.along(p.x, x_ticks), frame.down(p.y)) for p in points]
+        aside = _ASIDE * (k - (len(clean) - 1) / 2) if spread else 0.0  # or intervals at one x would hide one another
+        drawn = [(frame.along(p.x, x_ticks) + aside, frame.down(p.y)) for p in points]
         for point, (x_drawn, _) in zip(points, drawn, strict=True):
             if point.interval is not None:
                 low, high = (f"{frame.down(end):.1f}" for end in point.interval)

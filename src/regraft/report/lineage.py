@@ -106,7 +106,7 @@ def lineage_entries(lineages: Mapping[str, Lineage], disk: Mapping[str, int]) ->
         return join([tag("a", name, href=f"#{anchors[name]}") for name in dict.fromkeys(names)], ", ")
 
     entries = []
-    for name, record in records.items():
+    for name, record in sorted(records.items(), key=lambda item: kinds[item[0]] != "base"):
         if name not in lineages:
             facts = _of_input(record) | {"used for": links(users[name])}
             entries.append(Entry(name, anchors[name], facts, record.ref, kinds[name]))

@@ -56,11 +56,17 @@ for (const graph of document.querySelectorAll("svg.graph")) {
     }
     graph.classList.add("lit");
   };
-  for (const [key, box] of boxes) {
-    for (const event of ["pointerenter", "focusin"]) box.addEventListener(event, () => show(key));
-    for (const event of ["pointerleave", "focusout"]) {
-      box.addEventListener(event, () => graph.classList.remove("lit"));
-    }
+  // Listened for outside the drawing: an element of SVG that listens for focus would become a stop of its own.
+  const around = graph.parentElement;
+  for (const event of ["pointerover", "focusin"]) {
+    around.addEventListener(event, ({ target }) => {
+      const box = target.closest(".node");
+      if (box) show(box.dataset.node);
+      else graph.classList.remove("lit");
+    });
+  }
+  for (const event of ["pointerleave", "focusout"]) {
+    around.addEventListener(event, () => graph.classList.remove("lit"));
   }
 }
 
