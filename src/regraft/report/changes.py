@@ -104,7 +104,8 @@ def matrix_table(
     percent: bool = False,
 ) -> Table:
     """A matrix in words, for those who do not see its drawing."""
-    head = [Column(first), *(Column(name, digits=1 if percent else digits, percent=percent) for name in columns)]
+    style: dict[str, Any] = {"digits": 1, "percent": True} if percent else {"digits": digits, "significant": True}
+    head = [Column(first), *(Column(name, **style) for name in columns)]
     body: list[list[Cell | float | str | None]] = [[name, *own] for name, own in zip(rows, values, strict=True)]
     return Table(title, head, body)
 

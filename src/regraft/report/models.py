@@ -17,6 +17,14 @@ from regraft.report.page import write_page
 from regraft.report.sections import Cell, Column, Entries, Entry, Figure, Graph, Section, Table, Text
 
 _LONGEST = 60  # characters of a value in the table of differences
+# Verdicts of `Distance` as said of two models of which none need be the base of the other.
+_NEAR = {
+    "identical": "identical as far as sampled",
+    "fine-tune": "as near as a fine-tune",
+    "far": "related, but far for a fine-tune",
+    "unrelated": "as far as strangers",
+    "unknown": "nothing in common to measure",
+}
 _MOST = 200  # rows of the table of differences; config files of one family differ in far fewer
 
 
@@ -63,7 +71,7 @@ def comparison_sections(
         parts += _differences(names, comparison)
     if changes is not None:
         parts += _changes(every[1:], changes)
-    parts += [_facts(every, models), _entries(every, models)]
+    parts += [_facts(every, models), _entries(every, models, changes is not None)]
     if remarks := _remarks(every, models, changes):
         parts.append(Text("Remarks", remarks))
     return parts
@@ -129,7 +137,7 @@ def _pairs(names: Sequence[str], found: Comparison) -> Table:
     columns += [Column("tokenizers"), Column("config keys that differ"), Column("tensors that differ")]
     rows: list[list[Cell | float | str | None]] = []
     for pair in found.pairs:
-        weights = "identical to the bit" if pair.identical else pair.distance.verdict
+        weights = "identical to the bit" if pair.identical else _NEAR[pair.distance.verdict]
         keys = [d.key for d in pair.config if d.matters]
         shapes = len(pair.only_a) + len(pair.only_b) + len(pair.shapes)
         rows.append(
@@ -174,7 +182,8 @@ def _differences(names: Sequence[str], found: Comparison) -> list[Section]:
 def _changes(names: Sequence[str], found: Deltas) -> list[Section]:
     """What each model changed in the base, and how these changes go together."""
     total = found.total
-    columns = [Column("model"), Column("‖change‖ / ‖base‖", digits=4), Column("mean |change|", digits=6)]
+    columns = [Column("model"), Column("‖change‖ / ‖base‖", digits=3, significant=True)]
+    columns.append(Column("mean |change|", digits=3, significant=True))
     columns += [Column("unchanged %", percent=True), Column("cosine to base", digits=4), Column("what this means")]
     rows: list[list[Cell | float | str | None]] = []
     for i, (name, advice) in enumerate(zip(names, found.sparsification(), strict=True)):
@@ -233,7 +242,7 @@ def _facts(names: Sequence[str], models: Sequence[Facts]) -> Table:
     return Table("Facts", [Column("fact"), *(Column(name) for name in names)], rows, "Read from the files, not run.")
 
 
-def _entries(names: Sequence[str], models: Sequence[Facts]) -> Entries:
+def _entries(names: Sequence[str], models: Sequence[Facts], with_base: bool) -> Entries:
     entries = []
     for i, (name, facts) in enumerate(zip(names, models, strict=True)):
         found: Mapping[str, str] = {
@@ -242,7 +251,7 @@ def _entries(names: Sequence[str], models: Sequence[Facts]) -> Entries:
             **{title: text for title, read in FACTS.items() if (text := read(facts))},
         }
         told = {key: value for key, value in found.items() if value}
-        entries.append(Entry(name, f"model:{i}", told, facts.ref))
+        entries.append(Entry(name, f"model:{i}", told, facts.ref, "base" if with_base and i == 0 else "model"))
     return Entries("Every model", entries)
 
 

@@ -129,8 +129,15 @@ def findings(evaluations: Iterable[Scored], kinds: Mapping[str, str]) -> list[st
         if kinds.get(best) == "merge" and others:
             single = pick(others, key=lambda name: scores[name].value)
             text += f"; of those that were there before, {single}, {told(scores[single].value)}"
+        if spread:
+            near = [n for n, one in scores.items() if n != best and one.interval and _overlap(one.interval, spread)]
+            text += f". The intervals of {len(near)} other models overlap with its own" if near else ""
         sentences.append(text + ".")
     return sentences
+
+
+def _overlap(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return a[0] <= b[1] and b[0] <= a[1]
 
 
 def _sweeps(scored: Sequence[Scored]) -> dict[str, list[tuple[dict[str, float], Score]]]:

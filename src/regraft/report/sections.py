@@ -50,6 +50,7 @@ class Column:
         digits: decimals of numbers.
         percent: numbers are shares, shown times 100.
         shade: tint cells by their value, from the column's group of shaded columns.
+        significant: `digits` counts significant digits, for numbers of any size.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Column:
     digits: int = 1
     percent: bool = False
     shade: bool = False
+    significant: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ def format_value(value: float | str | None, column: Column) -> str:
         return value
     if isinstance(value, int) and not column.percent:
         return f"{value:,}"
+    if column.significant:
+        return f"{value * 100 if column.percent else value:.{column.digits}g}"
     return f"{value * 100 if column.percent else value:,.{column.digits}f}"
 
 

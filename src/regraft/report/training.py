@@ -16,7 +16,7 @@ from typing import Any
 
 from regraft.checkpoint.json_file import read_json
 from regraft.errors import UserError
-from regraft.report.curves import Point, curves, finite, thinned
+from regraft.report.curves import MOST_POINTS, Point, curves, finite, thinned
 from regraft.report.frame import STYLES
 from regraft.report.sections import Cell, Column, Figure, Section, Table
 
@@ -86,20 +86,25 @@ def training_sections(logs: Sequence[Log]) -> list[Section]:
 
 def _figure(title: str, metric: str, group: Mapping[str, Sequence[Point]]) -> Figure:
     drawing = curves(group, title=title, x_title="step", y_title=metric)
-    caption = "Long curves are drawn by the lowest and highest value of each stretch. "
+    long = any(len(points) > MOST_POINTS for points in group.values())
+    caption = "Long curves are drawn by the lowest and highest value of each stretch. " if long else ""
     if lost := sum(len(points) - len(finite(points)) for points in group.values()):
         caption += f"{lost} values that are not finite are left out."
     rows: list[list[Cell | float | str | None]] = []
     for name, points in group.items():
         rows += [[name, int(p.x), p.y] for p in thinned(finite(points), _ROWS)]
-    table = Table(title, [Column("training"), Column("step"), Column(metric, digits=6)], rows)
+    table = Table(title, [Column("training"), Column("step"), Column(metric, digits=6, significant=True)], rows)
     return Figure(title, drawing, caption.strip(), table)
 
 
 def _ends(logs: Sequence[Log]) -> Table:
     """How long each training was, and its last values."""
     metrics = list(dict.fromkeys(key for log in logs for key in log.metrics))[:_PLOTS]
-    columns = [Column("training"), Column("steps"), *(Column(f"last {key}", digits=5) for key in metrics)]
+    columns = [
+        Column("training"),
+        Column("steps"),
+        *(Column(f"last {key}", digits=4, significant=True) for key in metrics),
+    ]
     rows: list[list[Cell | float | str | None]] = []
     for log in logs:
         last = max(int(p.x) for points in log.metrics.values() for p in points)
