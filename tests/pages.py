@@ -11,7 +11,11 @@ from regraft.report.sections import Cell, Column, Entries, Entry, Figure, Graph,
 def sections(name: str = "a name") -> list[Section]:
     table = Table(
         f"Table {name}",
-        [Column("model"), Column("accuracy %", better="high", percent=True), Column("loss", better="low", digits=3, shade=True)],
+        [
+            Column("model"),
+            Column("accuracy %", better="high", percent=True),
+            Column("loss", better="low", digits=3, shade=True),
+        ],
         [[name, Cell(0.5, (0.4, 0.6)), 2.0], ["b", Cell(0.75, note=name), 1.25], ["c", None, 1.25]],
         f"caption {name}",
         ["one", "two", "two"],

@@ -125,7 +125,7 @@ def _is_stated(field: str, checkpoint: Checkpoint, data: Mapping[str, Any]) -> b
             _SECTIONS[field].search(section.heading) and _says_something(section.text)
             for section in sections(checkpoint)
         )
-    return data.get(field) not in (None, "", [], {})
+    return data.get(field) not in (None, "", "~", "null", [], {})  # the loader takes scalars as texts
 
 
 def _says_something(text: str) -> bool:

@@ -45,10 +45,18 @@ def write_bundle(run: RunFolder, path: Path) -> list[str]:
     lineages = read_lineages(run.artefacts)
     known = {str(p) for folder in (run.path, *run.artefacts.values()) for p in (folder, folder.resolve())}
     known |= {record.ref for one in lineages.values() for record in one.inputs}
+    known |= {one.data for one in run.evaluations}
     hide = PrivatePaths(known | {str(Path.home())})
+    # Cards were freed of paths when they were written, which then knew only those of the model's own parents: of
+    # another path with spaces, its part behind the first space is still there.
+    loose = PrivatePaths()
+    rests = {loose(path): Path(path).name for path in known if " " in path and path.startswith(("/", "~/"))}
 
     def clean(text: str) -> str:
-        return _SECRETS.sub(REMOVED, hide(text))
+        text = hide(text)
+        for rest in sorted(rests, key=len, reverse=True):
+            text = text.replace(rest, rests[rest])
+        return _SECRETS.sub(REMOVED, text)
 
     part = path.with_name(f".{path.name}.part")
     try:

@@ -16,7 +16,7 @@ from regraft.report.lineage import kinds_of, lineage_sections, read_lineages, si
 from regraft.report.page import write_page
 from regraft.report.scores import Scored, by_step, findings, score_sections, sweep_figures
 from regraft.report.sections import Section, Text
-from regraft.report.training import Log, read_logs, training_sections
+from regraft.report.training import Log, read_logs, recorded_logs, training_sections
 
 
 def write_report(run: RunFolder, path: Path, *, title: str = "") -> Path:
@@ -51,7 +51,7 @@ def run_sections(
         evaluations: of the run, in order; a table and drawings are made for each step.
         artefacts: step name -> folder of the model it made.
         show: names of the models to show, for example the best of each sweep; all if None.
-        logs: of training; those in the artefacts' folders if None.
+        logs: of training; those in the artefacts' records and folders if None.
 
     Raises:
         UserError: RG105 if a lineage file cannot be read.
@@ -64,7 +64,10 @@ def run_sections(
     for step, scored in steps.items():
         sections += score_sections(f"{step}: {scored[0].metric}" if len(steps) > 1 else "Scores", scored, kinds)
     sections += sweep_figures(shown)
-    sections += training_sections(read_logs({n: artefacts[n] for n in lineages}) if logs is None else logs)
+    if logs is None:
+        logs = recorded_logs({n: one.diagnostics for n, one in lineages.items()})
+        logs += read_logs({n: artefacts[n] for n in lineages})
+    sections += training_sections(logs)
     if lineages:
         sections += lineage_sections(lineages, artefacts)
         changes = measured_in(lineages)

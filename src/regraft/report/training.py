@@ -1,4 +1,5 @@
-"""Training curves, from the logs that training leaves: trainer_state.json of transformers, and JSON lines with a step.
+"""Training curves, from the logs that training leaves: the record of a model that a step trained, trainer_state.json of
+transformers, and JSON lines with a step.
 
 A line of such a log is a mapping with a number called `step` and further numbers; anything else in the folder is no
 log, and a log that cannot be read is said to be so and left out.
@@ -57,6 +58,21 @@ def read_logs(folders: Mapping[str, Path]) -> list[Log]:
             if log is not None:
                 found.append(log)
     return [log for log in found if log.metrics or log.remarks]
+
+
+def recorded_logs(diagnostics: Mapping[str, Mapping[str, Any]]) -> list[Log]:
+    """What the records of models tell of their training, by the name of the model."""
+    found = []
+    for name, facts in diagnostics.items():
+        training = facts.get("training")
+        history = training.get("history") if isinstance(training, Mapping) else None
+        log = Log(name)
+        for entry in history if isinstance(history, list) else []:
+            if isinstance(entry, Mapping):
+                log.add(entry)
+        if log.metrics:
+            found.append(log)
+    return found
 
 
 def training_sections(logs: Sequence[Log]) -> list[Section]:
@@ -129,7 +145,7 @@ def _of_state(name: str, path: Path) -> Log:
     try:
         history = read_json(path).get("log_history")
     except UserError as error:
-        log.remarks.append(f"{name}: {path.name} cannot be used: {error.what}")
+        log.remarks.append(f"{name}: {error.what}")
         return log
     for entry in history if isinstance(history, list) else []:
         if isinstance(entry, dict):
