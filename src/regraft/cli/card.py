@@ -43,7 +43,7 @@ def lint(
     from regraft.inspect.card_lint import lint as look
     from regraft.inspect.facts import open_or_shell
 
-    check_ignored(tuple(ignore))
+    check_ignored(ignore)
     opened = open_or_shell(model, offline=offline)
     found = look(opened)
     before, entered = found.score, []

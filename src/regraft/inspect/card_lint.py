@@ -9,7 +9,7 @@ checked against config, weights, and the record of how the model was made, regra
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,22 @@ FIELDS = {
     "intended-use": "what it is for",
     "limits": "limits and risks",
 }
+# The names of all findings.
+RULES = (
+    "no-card",
+    "front-matter",
+    *(f"missing-{field.replace('_', '-')}" for field in FIELDS),
+    "missing-license-name",
+    "missing-license-link",
+    "unlisted-license",
+    "unsupported-license",
+    "wrong-task",
+    "wrong-parameters",
+    "wrong-context-length",
+    "wrong-base-model",
+    "wrong-license",
+    "wrong-score",
+)
 _SECTIONS = {
     "intended-use": re.compile(r"\b(intended|direct) use|\buses\b|\buse cases?\b|\bwhat it is for\b", re.IGNORECASE),
     "limits": re.compile(r"\blimit|\bbias|\brisk|\bout.of.scope", re.IGNORECASE),
@@ -248,13 +264,8 @@ def _agrees(text: str, value: float) -> bool:
     return abs(number - value) <= 0.5000001 * 10.0**-digits or abs(number - value) <= 1e-6 * abs(value)
 
 
-def check_ignored(names: tuple[str, ...]) -> None:
+def check_ignored(names: Sequence[str]) -> None:
     """RG302 for a rule that does not exist."""
-    known = {f"missing-{field.replace('_', '-')}" for field in FIELDS} | {
-        "no-card", "front-matter", "wrong-task", "wrong-parameters", "wrong-context-length", "wrong-base-model",
-        "wrong-license", "wrong-score", "unsupported-license", "unlisted-license", "missing-license-name",
-        "missing-license-link",
-    }  # fmt: skip
     for name in names:
-        if name not in known:
-            raise UserError("RG302", f"there is no rule {name!r} of cards", where="--ignore", fix=nearest(name, known))
+        if name not in RULES:
+            raise UserError("RG302", f"there is no rule {name!r} of cards", where="--ignore", fix=nearest(name, RULES))
