@@ -228,3 +228,24 @@ def test_one_model_is_nothing_to_compare(cli, family: Path) -> None:
     done = cli("compare", family / "a")
     assert done.exit_code == 2
     assert done.stderr.startswith("RG305: there is nothing to compare with")
+
+
+def test_the_curve_in_the_record_of_a_trained_model_is_drawn(tmp_path: Path) -> None:
+    history = [{"step": float(i), "loss": 1 / i} for i in (1, 2, 3)]
+    lineage = Lineage(kind="train", method="plain", step="tuned", key="k", settings={"epochs": 3})
+    lineage.diagnostics = {"training": {"steps": 3, "history": history}}
+    (tmp_path / "tuned").mkdir()
+    lineage.write(tmp_path / "tuned")
+    run = read_run(tmp_path)
+    assert [log.name for log in run.logs] == ["tuned"]
+    page = write_report(run, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Training: loss" in page
+    assert "plain · epochs 3" in page
+
+
+def test_a_run_writes_the_page_that_report_writes(cli, recipe: Path, tmp_path: Path) -> None:
+    assert cli("run", recipe, "-o", tmp_path / "run").exit_code == 0
+    first = (tmp_path / "run" / "report.html").read_bytes()
+    done = cli("report", tmp_path / "run", "-o", tmp_path / "page.html", "--title", recipe.stem)
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "page.html").read_bytes() == first

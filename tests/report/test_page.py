@@ -164,3 +164,21 @@ def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         write_page(tmp_path / "none" / "report.html", title="t", sections=[])
     assert caught.value.code == "RG405"
+
+
+def test_what_rounds_to_zero_has_no_sign_of_its_own() -> None:
+    drawing = heat_map(["a"], ["b", "c", "d"], [[-0.001, -0.5, 0.001]], title="t", low=-1.0)
+    assert [text for where, text in Tree(drawing).texts if where == "text"] == [
+        "b",
+        "c",
+        "d",
+        "a",
+        "0.00",
+        "−0.50",
+        "0.00",
+    ]
+
+
+def test_long_texts_in_tables_are_no_slivers() -> None:
+    page = Tree(Table("t", [Column("a"), Column("b")], [["x", "a sentence of some length"], ["y", "no"]]).html())
+    assert [cell.get("class") for cell in page.all("td")] == ["long", None]

@@ -115,6 +115,8 @@ def heat_map(
             box = {"x": number(x_cell + 1), "y": number(y_row + 1), "width": number(wide - 2)}
             kind = "cell below" if low < 0 and value < 0 else "cell"
             words = f"{100 * value:.1f}" if percent else f"{value:{form}}"
+            if float(words) == 0:
+                words = words.lstrip("-")  # no minus before what rounds to zero
             words = f"+{words}" if signed and value > 0 else words.replace("-", "−")
             told = tag("title", f"{name}, {columns[j]}: {words}")
             # How deep the deepest tint may be, for texts to stand out, depends on the colours: see page.css.

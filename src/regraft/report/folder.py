@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from regraft.checkpoint.json_file import malformed_field, read_json
 from regraft.checkpoint.lineage import FILE_NAME, Lineage
 from regraft.errors import UserError
 from regraft.inspect.metric import Score
-from regraft.report.training import Log, read_logs
+from regraft.report.training import Log, read_logs, recorded_logs
 
 SCORES = "scores.json"
 
@@ -58,16 +58,27 @@ def read_run(folder: Path) -> RunFolder:
         fix = "name the folder that regraft run or merge made, or that of a training"
         raise UserError("RG603", "there is no such folder", where=str(folder), fix=fix)
     remarks: list[str] = []
-    artefacts = _artefacts(folder, remarks)
-    evaluations = _scores(folder / SCORES)
-    logs = read_logs(
-        {folder.resolve().name: folder} | {name: path for name, path in artefacts.items() if path != folder}
-    )
-    remarks += [remark for log in logs for remark in log.remarks]
-    if not (artefacts or evaluations or any(log.metrics for log in logs)):
+    run = collect(folder, _artefacts(folder, remarks), _scores(folder / SCORES), remarks)
+    if not (run.artefacts or run.evaluations or run.logs):
         what = "the folder holds no model that regraft made, no scores and no log of a training"
         raise UserError("RG603", what, where=str(folder), fix="name the folder that regraft run or merge made")
-    return RunFolder(folder, artefacts, evaluations, [log for log in logs if log.metrics], remarks)
+    return run
+
+
+def collect(
+    folder: Path, artefacts: Mapping[str, Path], evaluations: Iterable[Any], remarks: Sequence[str] = ()
+) -> RunFolder:
+    """A run whose models and scores are known: the evaluations that it returned, or those of its folder.
+
+    Raises:
+        UserError: RG105 for a record that is malformed.
+    """
+    made = {name: path for name, path in artefacts.items() if path != folder}
+    records = {name: Lineage.read(path).diagnostics for name, path in artefacts.items()}
+    logs = recorded_logs(records) + read_logs({folder.resolve().name: folder} | made)
+    scores = [Measured(e.step, e.metric, e.model, e.data, e.score) for e in evaluations]
+    told = [*remarks, *(remark for log in logs for remark in log.remarks)]
+    return RunFolder(folder, dict(artefacts), scores, [log for log in logs if log.metrics], told)
 
 
 def _artefacts(folder: Path, remarks: list[str]) -> dict[str, Path]:

@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 from regraft.report.graph import Edge, Node, draw_graph
 from regraft.report.markup import Markup, join, tag
 
+_LONG = 18  # characters from which a cell of text is kept from becoming a sliver
+
 
 class Section(Protocol):
     """A part of a page under its own heading."""
@@ -225,7 +227,9 @@ def _cell(cell: Cell, column: Column, name: bool, right: bool, best: str | None,
     style = None
     if column.shade and isinstance(cell.value, (int, float)) and high > low:
         style = f"--share:{max(0.0, min(1.0, (cell.value - low) / (high - low))):.2f}"
-    classes = " ".join(c for c in ("number" * right, "shade" * (style is not None), "best" * marked) if c)
+    long = not right and not name and max(len(text), len(cell.note)) > _LONG
+    kinds = ("number" * right, "shade" * (style is not None), "best" * marked, "long" * long)
+    classes = " ".join(kind for kind in kinds if kind)
     key = cell.value if isinstance(cell.value, (int, float)) else None
     attributes = {"class_": classes or None, "style": style, "data_value": key}
     return tag("th" if name else "td", *content, scope="row" if name else None, **attributes)
