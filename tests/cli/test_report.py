@@ -147,7 +147,9 @@ def test_fifty_steps_and_twenty_models_stay_below_a_megabyte(tmp_path: Path) -> 
     ]  # fmt: skip
     (tmp_path / "run" / "scores.json").write_text(json.dumps(scores))
     page = write_report(read_run(tmp_path / "run"), tmp_path / "page.html")
-    assert page.read_text(encoding="utf-8").count('class="node ') == 71
+    text = page.read_text(encoding="utf-8")
+    assert text.count('class="node ') == 71
+    assert text.count("and 45 more: something to say") == 1  # a remark on all of them is made once
     assert page.stat().st_size < 1_000_000
 
 

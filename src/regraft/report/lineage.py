@@ -8,7 +8,7 @@ from typing import Any
 
 from regraft.checkpoint.lineage import InputRecord, Lineage
 from regraft.errors import UserError
-from regraft.inspect.words import count, duration, size_in_words
+from regraft.inspect.words import count, duration, listed, size_in_words
 from regraft.merge.rule import field_names
 from regraft.methods import Method, method
 from regraft.report.charts import Bar, bars
@@ -46,8 +46,12 @@ def lineage_sections(lineages: Mapping[str, Lineage], artefacts: Mapping[str, Pa
     disk = {name: size_on_disk(artefacts[name]) for name in lineages}
     parts: list[Section] = [lineage_graph(lineages), lineage_table(lineages), lineage_entries(lineages, disk)]
     parts += cost_sections(lineages, disk)
-    if remarks := [f"{name}: {warning}" for name, lineage in lineages.items() for warning in lineage.warnings]:
-        parts.append(Text("Remarks", list(dict.fromkeys(remarks))))
+    said: dict[str, list[str]] = {}
+    for name, lineage in lineages.items():
+        for warning in dict.fromkeys(lineage.warnings):
+            said.setdefault(warning, []).append(name)
+    if said:
+        parts.append(Text("Remarks", [f"{listed(names)}: {warning}" for warning, names in said.items()]))
     return parts
 
 
