@@ -164,7 +164,20 @@ def _method(method: Method) -> str:
     if method.papers:
         cited = [f"- {p.cite()}" + (f" ([arXiv]({p.url}))" if p.url else "") for p in method.papers]
         parts += ["## Papers", "\n".join(cited)]
+        parts += _own_checks(method)
     return "\n\n".join(parts) + "\n"
+
+
+def _own_checks(method: Method) -> list[str]:
+    """What our own experiments on the method's papers found, whether they held or not; nothing if there are none."""
+    numbers = {paper.number for paper in method.papers if paper.number}
+    found = []
+    for path in sorted((ROOT / "claims" / "results").glob("*.json")):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if told.get("claim") in numbers:
+            seeds = len(told.get("seeds", {}))
+            found.append(f"- {told['sentence']} **{told['verdict']}** over {seeds} seeds ([figures](../claims.md)).")
+    return ["## Our own checks", "\n".join(found)] if found else []
 
 
 def _options(method: Method) -> str:

@@ -33,6 +33,7 @@ from regraft.recipe.run import Evaluation, RunResult, run
 from regraft.report.charts import thumbnails
 from regraft.report.page import write_page
 from regraft.report.run import run_sections
+from regraft.report.scores import sweep_figures
 from regraft.report.sections import Column, Figure, Section, Table
 
 CONSOLE = Console()
@@ -81,7 +82,7 @@ def demo(out: Path, scale: Scale, seed: int) -> None:
         sections=[
             skills_figure(splits["test"]),
             *run_sections(shown, result.artefacts, show=names(shown)),
-            sweeps(result),
+            *sweeps(result),
         ],
         summary=findings,
         facts=facts,
@@ -182,13 +183,14 @@ def skills_figure(test: Split) -> Section:
     return Figure("The skills", thumbnails(pictures, title="A digit in every variant"), caption)
 
 
-def sweeps(result: RunResult) -> Section:
+def sweeps(result: RunResult) -> list[Section]:
     """Every member of every sweep on validation images: what the choice was made on."""
     columns = [Column("model"), Column("accuracy % (validation)", better="high", percent=True)]
     found = [e for e in result.evaluations if e.step == "choose"]
     caption = "The best member of each sweep is the one whose test result is shown above."
     rules = [e.model.split("@")[0] for e in found]
-    return Table("How options were chosen", columns, [[e.model, value(e)] for e in found], caption, rules)
+    table = Table("How options were chosen", columns, [[e.model, value(e)] for e in found], caption, rules)
+    return [*sweep_figures(found), table]
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ CODES: dict[str, tuple[str, str]] = {
     "RG503": ("download broken", "A download ended early or does not match its size or hash."),
     "RG601": ("data unreadable", "A data file is missing, of an unknown format, or lacks a column."),
     "RG602": ("evaluation impossible", "The model has no head for this metric, or a package for it is not installed."),
+    "RG603": ("nothing to report", "The folder holds no model that regraft made, no scores and no log of a training."),
 }  # fmt: skip
 
 

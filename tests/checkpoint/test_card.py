@@ -11,9 +11,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 import models
-from regraft.checkpoint.card import _AUTO, _auto_class, _Paths, write_card
+from regraft.checkpoint.card import _AUTO, _auto_class, write_card
 from regraft.checkpoint.lineage import InputRecord, Lineage, Output, Score
 from regraft.checkpoint.model import Checkpoint, open_checkpoint
+from regraft.checkpoint.private_paths import PrivatePaths
 from regraft.errors import UserError
 from regraft.methods import Method, Options, Paper
 
@@ -127,7 +128,7 @@ def test_no_path_of_the_machine(tmp_path: Path, parents: list[Checkpoint]) -> No
     ],
 )
 def test_paths_are_told_from_what_looks_like_them(text: str, expected: str) -> None:
-    assert _Paths([], [])(text) == expected
+    assert PrivatePaths()(text) == expected
 
 
 def test_what_is_unknown_is_listed_as_such(tmp_path: Path, parents: list[Checkpoint]) -> None:

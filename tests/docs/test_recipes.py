@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -183,6 +184,37 @@ def test_no_page_is_without_its_recipe() -> None:
     for page in generated:
         assert "```yaml title=" in PAGES[page]
         assert "```python" in PAGES[page] or "layer_swap" in page
+
+
+@pytest.mark.parametrize("page", ["docs/guides/reports.md", "docs/guides/cards.md"])
+def test_the_commands_of_a_guide_run(page: str, farm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = PAGES[page]
+    shutil.copytree(farm / "shallow", tmp_path / "work")  # a copy, since some commands write into models
+    monkeypatch.chdir(tmp_path / "work")
+    for match in BLOCK.finditer(text):
+        if match[1] == "yaml":
+            Path(match[2]).write_text(match[3], encoding="utf-8")
+    commands = [
+        line
+        for block in re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        for line in block.splitlines()
+    ]
+    assert len(commands) > 2
+    for line in commands:
+        status = re.search(r"# exit status (\d)$", line)
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "regraft"
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == (int(status[1]) if status else 0), f"{line}: {result.stderr}"
+
+
+def test_every_rule_of_cards_is_in_its_guide() -> None:
+    from regraft.inspect.card_lint import RULES
+
+    written = set(
+        re.findall(r"`((?:no|front|missing|wrong|unlisted|unsupported)-[a-z-]+)`", PAGES["docs/guides/cards.md"])
+    )
+    assert written == set(RULES)
 
 
 def test_the_commands_on_deltas_run(farm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

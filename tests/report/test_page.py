@@ -64,7 +64,7 @@ def tree() -> Tree:
 def test_a_page_has_headings_landmarks_and_contents(tree: Tree) -> None:
     names = [name for name, _ in tree.elements]
     assert names.count("h1") == 1
-    assert names.count("h2") == names.count("section") == 7
+    assert names.count("h2") == names.count("section") == len(sections())
     assert {"header", "nav", "main", "footer"} <= set(names)
     assert tree.all("html")[0]["lang"] == "en"
     assert any(meta.get("name") == "viewport" for meta in tree.all("meta"))
@@ -77,9 +77,9 @@ def test_a_page_has_headings_landmarks_and_contents(tree: Tree) -> None:
 
 def test_tables_are_sortable_by_keyboard_and_say_so(tree: Tree) -> None:
     columns = [th for th in tree.all("th") if th.get("scope") == "col"]
-    assert len(columns) == 3
+    assert len(columns) == 4
     assert all(th["aria-sort"] == "none" for th in columns)
-    assert len([b for b in tree.all("button") if b["type"] == "button"]) == 3
+    assert len([b for b in tree.all("button") if b["type"] == "button"]) == 4
     assert all(box["tabindex"] == "0" and box["aria-label"] for box in tree.all("div") if box.get("class") == "scroll")
 
 
@@ -91,8 +91,10 @@ def test_the_best_is_marked_in_its_own_direction(tree: Tree) -> None:
 
 def test_drawings_have_names(tree: Tree) -> None:
     charts = [svg for svg in tree.all("svg") if svg.get("class", "") and "chart" in (svg["class"] or "")]
-    assert len(charts) == 4
-    assert all(svg["role"] == "img" for svg in tree.all("svg"))
+    assert len(charts) == 9
+    assert [svg["role"] for svg in charts if "graph" in (svg["class"] or "")] == ["group"]  # it has links inside
+    assert all(svg["role"] == "img" for svg in tree.all("svg") if "graph" not in (svg.get("class") or ""))
+    assert len([link for link in tree.all("a") if link.get("aria-label")]) == 5
     assert any("95 % interval 40.0 to 60.0" in (svg.get("aria-label") or "") for svg in tree.all("svg"))
 
 
@@ -162,3 +164,21 @@ def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         write_page(tmp_path / "none" / "report.html", title="t", sections=[])
     assert caught.value.code == "RG405"
+
+
+def test_what_rounds_to_zero_has_no_sign_of_its_own() -> None:
+    drawing = heat_map(["a"], ["b", "c", "d"], [[-0.001, -0.5, 0.001]], title="t", low=-1.0)
+    assert [text for where, text in Tree(drawing).texts if where == "text"] == [
+        "b",
+        "c",
+        "d",
+        "a",
+        "0.00",
+        "−0.50",
+        "0.00",
+    ]
+
+
+def test_long_texts_in_tables_are_no_slivers() -> None:
+    page = Tree(Table("t", [Column("a"), Column("b")], [["x", "a sentence of some length"], ["y", "no"]]).html())
+    assert [cell.get("class") for cell in page.all("td")] == ["long", None]

@@ -10,8 +10,9 @@ import pytest
 
 from regraft.checkpoint.lineage import InputRecord, Lineage, OptionGroup
 from regraft.errors import UserError
+from regraft.report.lineage import brief_options, read_lineages
 from regraft.report.page import render
-from regraft.report.run import brief_options, read_lineages, run_sections
+from regraft.report.run import run_sections
 from regraft.report.sections import Figure, Graph, Table
 
 
@@ -36,7 +37,8 @@ def save(folder: Path, method: str, options: list[dict[str, Any]], *models: str,
     groups = [OptionGroup(options=o, tensors=["x"], count=1) for o in options]
     diagnostics: dict[str, Any] = {}
     if base:
-        layers = [{"stack": "", "layer": i, "norms": [1.0 + i, 2.0]} for i in range(5)]
+        more = {"base_norm": 4.0, "sign_conflict": 0.25}
+        layers = [{"stack": "", "layer": i, "norms": [1.0 + i, 2.0], **more} for i in range(5)]
         diagnostics = {"models": list(models), "cosine": [[1.0, 0.2], [0.2, 1.0]], "layers": layers}
     lineage = Lineage(method=method, inputs=inputs, options=groups, key=f"key-{folder.name}", diagnostics=diagnostics)
     lineage.write(folder)
@@ -103,7 +105,7 @@ def test_a_folder_without_lineage_is_an_error(tmp_path: Path) -> None:
 
 def test_probes_show_answers_and_no_best_without_labels() -> None:
     from regraft.recipe.run import Evaluation
-    from regraft.report.run import score_sections
+    from regraft.report.scores import score_sections
 
     def probed(model: str, output: str, truth: str | None) -> Evaluation:
         answer = {"input": "one", "output": output, "value": 0.5, "truth": truth}
@@ -116,3 +118,36 @@ def test_probes_show_answers_and_no_best_without_labels() -> None:
     assert list(answers.rows[0]) == ["one", "x (0.50)", "y (0.50)"]
     labelled, _ = score_sections("Scores", [probed("a", "x", "x"), probed("b", "y", "x")], {})
     assert labelled.columns[1].better == "high"
+
+
+def test_names_in_records_are_only_texts(tmp_path: Path) -> None:
+    nasty = "<script>alert(1)</script>"
+    lineage = Lineage(
+        step=nasty, method=nasty, kind=nasty, key=nasty, recipe=nasty, warnings=[nasty], licence=nasty, started=nasty,
+        inputs=[InputRecord(name=f"a{nasty}", ref=nasty, digest=nasty, licence=nasty, role="base")],
+        settings={nasty: nasty}, options=[OptionGroup(options={nasty: nasty}, tensors=[nasty], count=1)],
+        diagnostics={"models": [nasty, "b"], "cosine": [[1.0, 0.5], [0.5, 1.0]]},
+    )  # fmt: skip
+    lineage.write(tmp_path)
+    scores = [Scored(nasty, 0.5, step=nasty, groups={nasty: 0.5}), Scored(f"a{nasty}", 0.4, step=nasty)]
+    page = render(nasty, run_sections(scores, {nasty: tmp_path}))
+    assert page.count("<script") == 1
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 15
+    assert brief_options(Lineage.read(tmp_path)) == [f"{nasty} {nasty}"]
+
+
+def test_a_sweep_of_one_number_is_a_curve_and_of_two_a_map() -> None:
+    from regraft.report.scores import sweep_figures
+
+    one = [Scored(f"ties@lambda={x}", 0.5 + x / 10) for x in (0.3, 1.0, 0.5)]
+    two = [Scored(f"dare@lambda={x},density={y}", x * y) for x in (0.5, 1.0) for y in (0.1, 0.2)]
+    words = [Scored(f"pick@which={x}", 0.5) for x in ("a", "b")]
+    grid, curve = sweep_figures([*one, *two, *words, Scored("plain", 0.5)])
+    assert isinstance(curve, Figure)
+    assert curve.title == "Sweep of lambda"
+    assert curve.values is not None
+    assert [row[0] for row in curve.values.rows] == ["0.3", "0.5", "1"]
+    assert isinstance(grid, Figure)
+    assert grid.title == "Sweep of dare"
+    assert grid.values is not None
+    assert [list(row) for row in grid.values.rows] == [["lambda 0.5", 0.05, 0.1], ["lambda 1", 0.1, 0.2]]

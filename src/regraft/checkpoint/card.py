@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from regraft.checkpoint.licences import LicenceVerdict, combine, front_matter, on_hub, read_licence, short_name, strings
-from regraft.checkpoint.lineage import InputRecord, Lineage, Score
+from regraft.checkpoint.lineage import Lineage, Score
+from regraft.checkpoint.private_paths import PrivatePaths
 from regraft.methods import Method, method
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def write_card(
     if bare:
         del data["library_name"]
     use = _adapter_usage(adapter) if adapter else _BARE_USAGE if bare else _usage(parents[0], data["library_name"])
-    hide = _Paths(parents, lineage.inputs)
+    refs = {ref for parent in parents for ref in (parent.ref, str(parent.path), *parent.adapters)}
+    hide = PrivatePaths(refs | {record.ref for record in lineage.inputs})
     sections = [
         f"# {title}",
         _summary(lineage, found, adapter.summary if adapter else ""),
@@ -295,28 +297,6 @@ def _made(lineage: Lineage) -> str:
         parts.append(f"peak memory {lineage.peak_memory_bytes / 2**20:.0f} MiB")
     text = "## Made with\n\n" + "\n".join(f"- {part}" for part in parts)
     return text + "\n\n`regraft.json` in this folder holds the full record: inputs, digests, options of every tensor."
-
-
-class _Paths:
-    """Replaces paths of this machine by the last part of their names."""
-
-    # Not within a URL, a Hub id or a relative path; a single part after "/" is left, it may be a fraction or a regex.
-    _PART = r"[^\s/\\\"'+,{}\[\]()`|]+"
-    _PATH = re.compile(
-        rf"(?<![\w.~\\/-])(?:file://)?(?!//)(?:~/|/{_PART}/|[A-Za-z]:[\\/])(?:{_PART}[\\/])*({_PART})[\\/]?"
-    )
-
-    def __init__(self, parents: Sequence[Checkpoint], records: Sequence[InputRecord]) -> None:
-        refs = {ref for parent in parents for ref in (parent.ref, str(parent.path), *parent.adapters)}
-        refs |= {record.ref for record in records}
-        # The pattern above stops at spaces, so known paths go first, the longest first: one may begin another.
-        known = [ref for ref in refs if re.match(r"~/|/|[A-Za-z]:[\\/]", ref) and "+" not in ref]
-        self._known = sorted(known, key=len, reverse=True)
-
-    def __call__(self, text: str) -> str:
-        for known in self._known:
-            text = text.replace(known, Path(known).name or "folder")
-        return self._PATH.sub(r"\1", text)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

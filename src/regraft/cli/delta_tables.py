@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.terminal import Terminal
+from regraft.inspect.words import number as number
+from regraft.inspect.words import share as share
+from regraft.inspect.words import short_names as short_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,12 +33,6 @@ def show_deltas(terminal: Terminal, found: Mapping[str, Any]) -> None:
             console.print(_per_layer(names, layers))
     for remark in found["remarks"]:
         terminal.note(remark)
-
-
-def short_names(references: Sequence[str]) -> list[str]:
-    """The last part of each reference, or the whole ones if those are not distinct."""
-    short = [text.rstrip("/").rpartition("/")[2] or text for text in references]
-    return short if len(set(short)) == len(short) else list(references)
 
 
 def _per_model(names: Sequence[str], total: Mapping[str, Any]) -> Table:
@@ -74,13 +71,3 @@ def _table(first: str, *others: str) -> Table:
     for title in others:
         table.add_column(escape(title), justify="right")
     return table
-
-
-def number(value: float | None) -> str:
-    """Three digits, or a question mark for what could not be measured."""
-    return "?" if value is None else f"{value:.3g}"
-
-
-def share(value: float | None) -> str:
-    """A share as a percentage."""
-    return "?" if value is None else f"{value:.1%}"

@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from regraft.cli.card import card
+from regraft.cli.compare import compare
 from regraft.cli.delta import delta
 from regraft.cli.extract_lora import extract_lora
 from regraft.cli.inspect import inspect
@@ -20,6 +22,7 @@ from regraft.cli.lean import collect_seldom, leave_at_once
 from regraft.cli.merge import merge
 from regraft.cli.methods import methods
 from regraft.cli.plan import plan
+from regraft.cli.report import report
 from regraft.cli.run import run
 from regraft.cli.schema import schema
 from regraft.cli.signals import die_at_once
@@ -33,9 +36,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for function in (merge, run, plan, inspect, extract_lora, methods, schema):
+for function in (merge, run, plan, inspect, compare, report, extract_lora, methods, schema):
     app.command()(command(function))
 app.add_typer(delta, name="delta")
+app.add_typer(card, name="card")
 
 
 def _print_versions(wanted: bool) -> None:

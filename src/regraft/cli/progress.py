@@ -7,6 +7,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.terminal import Terminal
+from regraft.inspect.words import count as count
+from regraft.inspect.words import duration as duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -95,21 +97,3 @@ def _bar(terminal: Terminal) -> Progress:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), Rate())
     return Progress(*columns, TimeRemainingColumn(), console=terminal.err, transient=True)
-
-
-def count(number: float) -> str:
-    """`1234567` as `1.23 M`."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """`3.2 s`, `4 min 05 s`, `2 h 10 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"

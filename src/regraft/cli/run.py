@@ -65,12 +65,11 @@ def run(
     terminal.interrupted = f"finished steps are kept in {folder}, and a new run goes on from there"
     with TerminalProgress(terminal) as progress:
         result = run_recipe(document, folder, settings, progress)
-    from regraft.report.page import write_page
-    from regraft.report.run import run_sections
+    from regraft.report.folder import collect
+    from regraft.report.run import write_report
 
-    page = write_page(
-        result.out / "report.html", title=recipe.stem, sections=run_sections(result.evaluations, result.artefacts)
-    )
+    found = collect(result.out, result.artefacts, result.evaluations)
+    page = write_report(found, result.out / "report.html", title=recipe.stem)
     results = {
         "out": str(result.out),
         "artefacts": {name: str(path) for name, path in result.artefacts.items()},

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-
-def size_in_words(size: float) -> str:
-    """`1234567` bytes as `1.23 MB`."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size:.0f} bytes"
+from regraft.inspect.words import size_in_words as size_in_words
 
 
 def value_in_words(value: Any) -> str:

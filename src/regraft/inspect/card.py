@@ -18,7 +18,8 @@ WANTED = {
     "pipeline_tag": "task",
     "model-index": "evaluation results",
 }
-_TASK_HEADS = {
+# Task of the Hub -> what the output of such a model is for, as `architecture` calls it.
+TASK_HEADS = {
     "text-generation": ("causal language model",),
     "fill-mask": ("masked language model", "pre-training"),
     "text-classification": ("sequence classification",),
@@ -103,8 +104,8 @@ def contradictions(
         context: most positions, None if there is no limit or it is not known.
     """
     found = []
-    text = _text(checkpoint)
-    if task in _TASK_HEADS and head is not None and head not in _TASK_HEADS[task]:
+    text = _prose(checkpoint)
+    if task in TASK_HEADS and head is not None and head not in TASK_HEADS[task]:
         found.append(Contradiction("task", task, head if head != "none" else "no head"))
     claims = [(m[0], _number(m[1]) * _UNITS[(m[2] or "").lower()]) for m in _PARAMETERS.finditer(text)]
     if claims and sizes and not any(_near(value, size) for _, value in claims for size in sizes):
@@ -115,13 +116,18 @@ def contradictions(
     return [Contradiction(c.subject, " ".join(c.card.split()), c.found) for c in found]
 
 
-def _text(checkpoint: Checkpoint) -> str:
+def _prose(checkpoint: Checkpoint) -> str:
+    """The card, its front matter included, without its blocks of code."""
+    return re.sub(r"```.*?```", "", card_text(checkpoint), flags=re.DOTALL)
+
+
+def card_text(checkpoint: Checkpoint) -> str:
+    """README.md as it is, up to a megabyte; "" if there is none."""
     path = checkpoint.files.get("README.md")
     if path is None:
         return ""
     with path.open("rb") as file:
-        text = file.read(_CARD_BYTES).decode("utf-8", errors="replace")
-    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        return file.read(_CARD_BYTES).decode("utf-8", errors="replace")
 
 
 def _number(text: str) -> float:

@@ -152,17 +152,25 @@ def look(ref: str, *, stats: bool = False, offline: bool = False, candidates: Se
     Raises:
         UserError: as `open_checkpoint`, unless the folder has a config, a card or an adapter's config to tell of.
     """
+    opened = open_or_shell(ref, offline=offline)
+    return facts(opened, stats=stats, candidates=candidates if opened.tensors else ())
+
+
+def open_or_shell(ref: str, *, offline: bool = False) -> Checkpoint:
+    """An open checkpoint, without tensors if it is a local folder whose weights cannot be opened.
+
+    Raises:
+        UserError: as `open_checkpoint`, unless the folder has a config, a card or an adapter's config to tell of.
+    """
     try:
-        return facts(open_checkpoint(ref, offline=offline), stats=stats, candidates=candidates)
+        return open_checkpoint(ref, offline=offline)
     except UserError as error:
         folder = located(ref, None)
         told = ("config.json", "README.md", ADAPTER_CONFIG)
         if error.code not in _STILL_A_MODEL or not folder.is_dir() or not any((folder / n).is_file() for n in told):
             raise
-        remark = f"the weights cannot be used: {error.what}"
-        if error.code in ("RG108", "RG113"):  # what it is is told
-            remark = ""
-        return facts(open_shell(ref, folder, remark), candidates=())
+        remark = "" if error.code in ("RG108", "RG113") else f"the weights cannot be used: {error.what}"
+        return open_shell(ref, folder, remark)
 
 
 def _size(checkpoint: Checkpoint, own: Layout) -> Size:

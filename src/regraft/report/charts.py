@@ -10,9 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from regraft.report.frame import CHARACTER, Frame, drawable, svg
 from regraft.report.markup import Markup, join, number, tag
 
-CHARACTER = 8.0  # width of a character at 13 px in a wide font
+_WIDE = 16  # columns of a heat map that still leave room for values
+_LONGEST = 28  # characters of a name beside a heat map
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def heat_map(
     high: float = 1.0,
     percent: bool = False,
     signed: bool = False,
+    form: str = ".2f",
 ) -> Markup:
     """Values of a matrix in tinted cells.
 
@@ -81,30 +84,49 @@ def heat_map(
         low, high: range of the tint. If `low` < 0 < `high`, values below zero get a second colour.
         percent: write values times 100.
         signed: write a plus before values above zero, as befits differences.
+        form: how values are written that are no percentages.
+
+    More than `_WIDE` columns are drawn without their values, which stay in the cells' titles.
     """
+    rows, columns = [_short(name) for name in rows], [_short(name) for name in columns]
+    longest = max(map(len, columns), default=0)
+    compact = len(columns) > _WIDE
+    slanted = not compact and longest > 7 and len(columns) > 3
     left = 12 + CHARACTER * max(map(len, rows), default=0)
-    wide = max(52.0, 16 + CHARACTER * max((len(c) for c in columns), default=0))
-    tall, top = 30.0, 28.0
+    wide = 24.0 if compact else 58.0 if slanted else max(52.0, 16 + CHARACTER * longest)
+    tall = 24.0 if compact else 30.0
+    top = 18 + 0.6 * CHARACTER * longest if slanted else 28.0
+    every = max(1, math.ceil((CHARACTER * longest + 6) / wide)) if compact else 1
     shapes = []
     for j, name in enumerate(columns):
-        middle = number(left + (j + 0.5) * wide)
-        shapes.append(tag("text", name, x=middle, y=number(top - 10), class_="middle axis"))
+        x, y = number(left + (j + 0.5) * wide), number(top - 10)
+        if slanted:
+            shapes.append(tag("text", name, x=x, y=y, class_="axis", transform=f"rotate(-40 {x} {y})"))
+        elif j % every == 0:
+            shapes.append(tag("text", name, x=x, y=y, class_="middle axis"))
     for i, name in enumerate(rows):
-        y = top + i * tall
-        shapes.append(tag("text", name, x=number(left - 10), y=number(y + tall / 2 + 4.5), class_="end"))
+        y_row = top + i * tall
+        shapes.append(tag("text", name, x=number(left - 10), y=number(y_row + tall / 2 + 4.5), class_="end"))
         for j, value in enumerate(values[i]):
             if value is None or not math.isfinite(value):
                 continue
             tint = _tint(value, low, high)
-            x = left + j * wide
-            box = {"x": number(x + 1), "y": number(y + 1), "width": number(wide - 2), "height": number(tall - 2)}
+            x_cell = left + j * wide
+            box = {"x": number(x_cell + 1), "y": number(y_row + 1), "width": number(wide - 2)}
             kind = "cell below" if low < 0 and value < 0 else "cell"
-            shapes.append(tag("rect", class_=kind, rx="4", fill_opacity=f"{tint:.2f}", **box))
-            words = f"{100 * value:.1f}" if percent else f"{value:.2f}"
+            words = f"{100 * value:.1f}" if percent else f"{value:{form}}"
+            if float(words) == 0:
+                words = words.lstrip("-")  # no minus before what rounds to zero
             words = f"+{words}" if signed and value > 0 else words.replace("-", "−")
-            strong = "middle on" if tint > 0.62 else "middle"
-            shapes.append(tag("text", words, x=number(x + wide / 2), y=number(y + tall / 2 + 4.5), class_=strong))
-    return _svg(title, left + wide * len(columns) + 2, top + tall * len(rows) + 2, shapes)
+            told = tag("title", f"{name}, {columns[j]}: {words}")
+            # How deep the deepest tint may be, for texts to stand out, depends on the colours: see page.css.
+            share = f"--tint-share:{tint:.2f}"
+            shapes.append(tag("rect", told, class_=kind, rx="4", style=share, height=number(tall - 2), **box))
+            if not compact:
+                at = {"x": number(x_cell + wide / 2), "y": number(y_row + tall / 2 + 4.5)}
+                shapes.append(tag("text", words, class_="middle", **at))
+    right = 0.77 * CHARACTER * len(columns[-1]) if slanted else 0.0
+    return svg(title, left + wide * len(columns) + 2 + max(0.0, right - wide / 2), top + tall * len(rows) + 2, shapes)
 
 
 def lines(
@@ -124,36 +146,14 @@ def lines(
         title, x_title, y_title: what is shown.
         from_zero: let the y axis begin at zero.
     """
-    found = [v for values in series.values() for v in values if v is not None and math.isfinite(v)]
-    ticks = _ticks(min([0.0, *found]) if from_zero else min(found, default=0.0), max(found, default=1.0))
-    left, right, top, bottom, width, height = 56.0, 130.0, 30.0, 44.0, 680.0, 300.0
-    across, down = width - left - right, height - top - bottom
-
-    def place(i: int, value: float) -> tuple[float, float]:
-        x = left + across * (i / (len(labels) - 1) if len(labels) > 1 else 0.5)
-        return x, top + down * (1 - (value - ticks[0]) / ((ticks[-1] - ticks[0]) or 1))
-
-    shapes = [tag("text", y_title, x="0", y="14", class_="axis")]
-    for tick in ticks:
-        y = place(0, tick)[1]
-        shapes.append(tag("line", x1=number(left), x2=number(left + across), y1=number(y), y2=number(y), class_="grid"))
-        shapes.append(tag("text", f"{tick:g}", x=number(left - 8), y=number(y + 4.5), class_="end axis"))
-    every = max(1, math.ceil(len(labels) * CHARACTER * max(map(len, labels), default=1) / across))
-    for i, label in enumerate(labels):
-        if i % every == 0:
-            x = number(place(i, ticks[0])[0])
-            shapes.append(tag("text", label, x=x, y=number(top + down + 18), class_="middle axis"))
-    shapes.append(tag("text", x_title, x=number(left + across / 2), y=number(height - 4), class_="middle axis"))
-    ends = []
+    frame = Frame.around(series, [v for values in series.values() for v in values], y_title, x_title, from_zero)
+    shapes = frame.shapes()
+    for i, x in frame.thinned(labels):
+        shapes.append(tag("text", labels[i], x=number(x), y=number(frame.bottom + 18), class_="middle axis"))
     for k, (name, values) in enumerate(series.items()):
-        points = [place(i, v) for i, v in enumerate(values) if v is not None and math.isfinite(v)]
-        path = " ".join(f"{number(x)},{number(y)}" for x, y in points)
-        shapes.append(tag("polyline", points=path, class_=f"line s{k % 8}"))
-        shapes += [tag("circle", cx=number(x), cy=number(y), r="2.5", class_=f"dot s{k % 8}") for x, y in points]
-        if points:
-            ends.append((points[-1][1], name, k % 8))
-    shapes += _names(sorted(ends), left + across + 10)
-    return _svg(title, width, height, shapes)
+        points = [(frame.across(i, len(labels)), frame.down(v)) for i, v in enumerate(values) if drawable(v)]
+        shapes += frame.line(name, points, k)
+    return svg(title, frame.width, frame.height, [*shapes, *frame.names()])
 
 
 def thumbnails(images: Mapping[str, Sequence[Sequence[float]]], *, title: str, size: float = 96.0) -> Markup:
@@ -171,28 +171,7 @@ def thumbnails(images: Mapping[str, Sequence[Sequence[float]]], *, title: str, s
                     side = {"width": number(pixel + 0.2), "height": number(pixel + 0.2)}
                     shapes.append(tag("rect", class_="ink", fill_opacity=f"{min(1.0, value):.2f}", **spot, **side))
         shapes.append(tag("text", name, x=number(left + size / 2), y=number(size + 22), class_="middle axis"))
-    return _svg(title, len(images) * (size + gap) - gap + 2, size + 30, shapes, shrink=0.55)
-
-
-def _names(ends: Sequence[tuple[float, str, int]], x: float) -> list[Markup]:
-    """Names beside the ends of lines, moved apart where they would overlap."""
-    shapes: list[Markup] = []
-    last = -math.inf
-    for y, name, k in ends:
-        last = max(y + 4.5, last + 16)
-        shapes.append(tag("text", name, x=number(x), y=number(last), class_=f"name s{k}"))
-    return shapes
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to seven round numbers that span [low, high]."""
-    if high <= low:
-        high = low + 1
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return svg(title, len(images) * (size + gap) - gap + 2, size + 30, shapes, shrink=0.55)
 
 
 def _tint(value: float, low: float, high: float) -> float:
@@ -200,8 +179,5 @@ def _tint(value: float, low: float, high: float) -> float:
     return 0.06 + 0.94 * max(0.0, min(1.0, share))
 
 
-def _svg(title: str, width: float, height: float, shapes: Sequence[Markup], shrink: float = 0.8) -> Markup:
-    """`shrink`: down to which share of its width a drawing is made smaller before it scrolls."""
-    box = f"0 0 {number(width)} {number(height)}"
-    size = f"width:{number(width)}px;min-width:{number(min(width, max(300, shrink * width)))}px"
-    return tag("svg", tag("title", title), *shapes, viewBox=box, style=size, role="img", class_="chart")
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"

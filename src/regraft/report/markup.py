@@ -9,7 +9,8 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
-VOID = {"br", "meta", "path", "rect", "line", "circle", "polyline", "wbr"}
+VOID = {"br", "meta", "wbr"}
+_SHAPES = {"path", "rect", "line", "circle", "polyline"}  # closed at once if nothing is inside
 
 
 class Markup(str):
@@ -42,7 +43,9 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
         written.append(f" {attribute}" if value is True else f' {attribute}="{escape(value)}"')
     opening = f"<{name}{''.join(written)}>"
     if name in VOID:
-        return Markup(opening[:-1] + "/>") if name not in ("br", "meta", "wbr") else Markup(opening)
+        return Markup(opening)
+    if name in _SHAPES and all(child is None for child in children):
+        return Markup(opening[:-1] + "/>")
     return Markup(f"{opening}{join(children)}</{name}>")
 
 

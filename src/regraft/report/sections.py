@@ -1,4 +1,4 @@
-"""What a page is made of: `Text`, `Table`, `Figure` and `Graph`, each of which renders itself.
+"""What a page is made of: `Text`, `Table`, `Figure`, `Graph` and `Entries`, each of which renders itself.
 
 A section is anything with a `title` and an `html()`; later parts of regraft bring their own.
 """
@@ -6,12 +6,14 @@ A section is anything with a `title` and an `html()`; later parts of regraft bri
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from regraft.report.graph import Edge, Node, draw_graph
 from regraft.report.markup import Markup, join, tag
+
+_LONG = 18  # characters from which a cell of text is kept from becoming a sliver
 
 
 class Section(Protocol):
@@ -50,6 +52,7 @@ class Column:
         digits: decimals of numbers.
         percent: numbers are shares, shown times 100.
         shade: tint cells by their value, from the column's group of shaded columns.
+        significant: `digits` counts significant digits, for numbers of any size.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Column:
     digits: int = 1
     percent: bool = False
     shade: bool = False
+    significant: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,16 +115,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing (see `charts`), with a caption below it."""
+    """A drawing (see `charts`), with a caption below it; `values` is the same as a table, folded, for those who cannot
+    see the drawing or want its numbers."""
 
     title: str
     drawing: Markup
     caption: str = ""
+    values: Table | None = None
 
     def html(self) -> Markup:
         caption = tag("figcaption", self.caption) if self.caption else None
         box = tag("div", self.drawing, class_="scroll", tabindex="0", role="region", aria_label=self.title)
-        return tag("figure", box, caption)
+        table = None
+        if self.values is not None:
+            table = tag("details", tag("summary", "As a table"), self.values.html(), class_="values")
+        return tag("figure", box, caption, table)
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,37 @@ class Graph:
         return join([legend, figure.html()])
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One thing with its facts: `facts` are name -> value; values that are `Markup` may hold links. `note` stands
+    beside the name where the entry is folded; `anchor` is the id that links lead to."""
+
+    name: str
+    anchor: str
+    facts: Mapping[str, str]
+    note: str = ""
+    kind: str = "model"
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A list of things, each folded to a line; a link to one opens it."""
+
+    title: str
+    entries: Sequence[Entry]
+    caption: str = ""
+
+    def html(self) -> Markup:
+        items = []
+        for one in self.entries:
+            facts = [tag("div", tag("dt", name), tag("dd", value)) for name, value in one.facts.items()]
+            note = tag("span", one.note, class_="note") if one.note else None
+            head = tag("summary", tag("span", class_=f"key {one.kind}"), tag("b", one.name), " ", note)
+            items.append(tag("details", head, tag("dl", *facts), id=one.anchor, class_="entry"))
+        caption = tag("p", self.caption, class_="caption") if self.caption else None
+        return join([tag("div", *items, class_="entries"), caption])
+
+
 def format_value(value: float | str | None, column: Column) -> str:
     """A value as the column writes it; a dash for None."""
     if value is None:
@@ -150,6 +190,8 @@ def format_value(value: float | str | None, column: Column) -> str:
         return value
     if isinstance(value, int) and not column.percent:
         return f"{value:,}"
+    if column.significant:
+        return f"{value * 100 if column.percent else value:.{column.digits}g}"
     return f"{value * 100 if column.percent else value:,.{column.digits}f}"
 
 
@@ -185,7 +227,9 @@ def _cell(cell: Cell, column: Column, name: bool, right: bool, best: str | None,
     style = None
     if column.shade and isinstance(cell.value, (int, float)) and high > low:
         style = f"--share:{max(0.0, min(1.0, (cell.value - low) / (high - low))):.2f}"
-    classes = " ".join(c for c in ("number" * right, "shade" * (style is not None), "best" * marked) if c)
+    long = not right and not name and max(len(text), len(cell.note)) > _LONG
+    kinds = ("number" * right, "shade" * (style is not None), "best" * marked, "long" * long)
+    classes = " ".join(kind for kind in kinds if kind)
     key = cell.value if isinstance(cell.value, (int, float)) else None
     attributes = {"class_": classes or None, "style": style, "data_value": key}
     return tag("th" if name else "td", *content, scope="row" if name else None, **attributes)
