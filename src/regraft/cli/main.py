@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from regraft.cli.claims import claims
 from regraft.cli.delta import delta
 from regraft.cli.extract_lora import extract_lora
 from regraft.cli.inspect import inspect
@@ -36,6 +37,7 @@ app = typer.Typer(
 for function in (merge, run, plan, inspect, extract_lora, methods, schema):
     app.command()(command(function))
 app.add_typer(delta, name="delta")
+app.add_typer(claims, name="claims")
 
 
 def _print_versions(wanted: bool) -> None:
