@@ -24,13 +24,13 @@ regraft claims run 65 60   # from a clone of the repository; without numbers the
 regraft claims table       # writes this page from claims/results
 ```
 
-**How a claim is judged.** The rule stands in the claim's file and is fixed before the claim is run on the seeds that are
-shown. An experiment is run once per seed; seeds vary initialisation, order and split of the data. Each check has an
+**How a claim is judged.** The rule stands in the claim's file and is fixed before the claim is run on the seeds that
+are shown. An experiment is run once per seed; seeds vary initialisation, order and split of the data. Each check has an
 effect per seed, formed from models that share base and data. It is *held* if the 95 % bootstrap interval of the mean
-effect lies above zero (or above the loss that is allowed) and the mean reaches the smallest effect that counts; *not held*
-if the interval lies below that smallest effect; *inconclusive* otherwise. A claim is held if all checks are that decide.
-With five seeds such an interval is narrower than its name: it covers about 85 %. What is chosen, is chosen on validation
-data, with as many tries for each method; test data is looked at once.
+effect lies above zero (or above the loss that is allowed) and the mean reaches the smallest effect that counts; *not
+held* if the interval lies below that smallest effect; *inconclusive* otherwise. A claim is held if all checks are that
+decide. With five seeds such an interval is narrower than its name: it covers about 85 %. What is chosen, is chosen on
+validation data, with as many tries for each method; test data is looked at once.
 
 """
 

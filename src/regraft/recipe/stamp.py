@@ -2,9 +2,9 @@
 
 A run that has checked everything leaves a stamp in `~/.cache/regraft/finished` (XDG_CACHE_HOME or REGRAFT_CACHE, if
 set): what was asked for, the state of every file that it may have read, the state of every file of its output, and what
-it told. If all of that is as it was, the same command has nothing to do and says the same again, without importing torch or opening a
-model. In every other case, also if the stamp is gone or damaged, the whole check is made, which remains the authority:
-a stamp can only say "nothing has changed".
+it told. If all of that is as it was, the same command has nothing to do and says the same again, without importing
+torch or opening a model. In every other case, also if the stamp is gone or damaged, the whole check is made, which
+remains the authority: a stamp can only say "nothing has changed".
 
 Decided: a model of the Hub by branch or tag has no stamp, because only the Hub knows whether it has moved; one by
 commit has. The sources are looked at before they are opened, so that a change during the run is seen. A run with
