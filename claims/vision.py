@@ -1,0 +1,138 @@
+"""The zoo's models of images: vision transformers on scikit-learn's digits, and one fine-tune of each per skill.
+
+The base reads upright digits and, through light noise and small shifts in training, a part of every skill; a skill is a
+fixed change of the images. The head is the base's own in all fine-tunes, as the text head of CLIP is in the papers on
+merging, so that bodies can be merged and scored on every skill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import transformers
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn import functional
+
+from claims.shared import State, example
+from regraft.claims.zoo import Quality, entry
+
+digits = example("digits", "skills")
+training = example("digits", "training")
+Images = Tensor  # float32 (n, 1, 8, 8), 0 is paper and 1 is ink
+
+
+def inverted(images: Images) -> Images:
+    return 1 - images
+
+
+def mirrored(images: Images) -> Images:
+    return images.flip(3)
+
+
+def noisy(images: Images) -> Images:
+    """The same noise whenever the same number of images is changed."""
+    generator = torch.Generator().manual_seed(len(images))
+    return (images + 0.35 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+
+
+def occluded(images: Images) -> Images:
+    """The middle of the left half covered."""
+    images = images.clone()
+    images[:, :, 2:6, 1:4] = 0.5
+    return images
+
+
+def blurred(images: Images) -> Images:
+    """Each pixel the mean of itself and its eight neighbours, and dimmed."""
+    return 0.7 * functional.avg_pool2d(images, 3, stride=1, padding=1)
+
+
+# In this order: claims with fewer experts take the first.
+SKILLS: dict[str, Callable[[Images], Images]] = {
+    f.__name__: f
+    for f in (
+        digits.rotated,
+        inverted,
+        digits.shifted,
+        occluded,
+        digits.framed,
+        blurred,
+        mirrored,
+        digits.striped,
+    )
+}
+ALL = {digits.upright.__name__: digits.upright, noisy.__name__: noisy, **SKILLS}
+
+# (width, layers, epochs of the base, epochs of a fine-tune, images)
+SIZES = {"laptop": (128, 3, 50, 15, None), "smoke": (16, 1, 2, 2, 300)}
+
+
+@lru_cache(maxsize=4)
+def splits(seed: int, scale: str) -> dict[str, digits.Split]:
+    """train, validation and test, by image; the same for all skills."""
+    return digits.load_splits(seed, SIZES[scale][4])
+
+
+def load(path: Path) -> transformers.ViTForImageClassification:
+    return transformers.ViTForImageClassification.from_pretrained(path).eval()
+
+
+def state_of(path: Path) -> State:
+    return {name: value.detach() for name, value in load(path).state_dict().items()}
+
+
+@torch.inference_mode()
+def accuracy(model: torch.nn.Module, images: Images, labels: Tensor) -> float:
+    return float((model(pixel_values=images).logits.argmax(-1) == labels).float().mean())
+
+
+def linear_accuracy(seed: int, scale: str, skills: Sequence[str], tested: str) -> float:
+    """The baseline of every entry: logistic regression on the pixels of the same training images."""
+    parts = splits(seed, scale)
+    train, test = parts["train"], parts["test"]
+    inputs = torch.cat([ALL[skill](train.images).flatten(1) for skill in skills])
+    model = LogisticRegression(max_iter=300).fit(inputs, train.labels.repeat(len(skills)))
+    return float(model.score(ALL[tested](test.images).flatten(1), test.labels))
+
+
+def jittered(images: Images) -> Images:
+    """Moved by up to one pixel, dimmed, and with noise, drawn anew."""
+    steps = torch.randint(-1, 2, (len(images), 2)).tolist()
+    moved = torch.stack([image.roll(tuple(step), (1, 2)) for image, step in zip(images, steps, strict=True)])
+    return (moved * (0.6 + 0.4 * torch.rand(len(images), 1, 1, 1)) + 0.15 * torch.randn(images.shape)).clamp(0, 1)
+
+
+@entry(data="scikit-learn's 1797 digits, upright and with small shifts, dimming and noise; 63 % for training")
+def digits_vit(folder: Path, *, seed: int, scale: str, width: int = 0) -> Quality:
+    default, layers, epochs, _, images = SIZES[scale]
+    size = training.Scale(images, width or default, layers, epochs, 0)
+    parts = splits(seed, scale)
+    model = training.build(size, seed)
+    variants = [digits.upright, *(jittered for _ in range(7))]
+    training.train(model, parts["train"], variants, epochs=epochs, rate=2e-3, seed=seed)
+    model.save_pretrained(folder)
+    found = accuracy(model, parts["test"].images, parts["test"].labels)
+    # Logistic regression reads upright digits nearly as well as anything can: the base must not be worse, and be good.
+    plain = linear_accuracy(seed, scale, ["upright"], "noisy")
+    noise = accuracy(model, noisy(parts["test"].images), parts["test"].labels)
+    metric = f"accuracy on noisy digits (upright {found:.3f})"
+    return Quality(metric, noise, plain, "logistic regression", 0.02, chance=0.1)
+
+
+@entry(data="the same digits under one fixed change, and upright in every second batch")
+def digits_skill(folder: Path, *, skill: str, seed: int, scale: str, width: int = 0) -> Quality:
+    epochs = SIZES[scale][3]
+    parts = splits(seed, scale)
+    model = load(digits_vit(seed=seed, scale=scale, width=width))
+    changed = parts["test"].images if skill == "upright" else SKILLS[skill](parts["test"].images)
+    before = accuracy(model, changed, parts["test"].labels)
+    model.classifier.requires_grad_(False)
+    order = seed * 100 + 1 + list(SKILLS).index(skill)
+    training.train(model, parts["train"], [SKILLS[skill], digits.upright], epochs=epochs, rate=3e-4, seed=order)
+    model.save_pretrained(folder)
+    after = accuracy(model, changed, parts["test"].labels)
+    return Quality(f"accuracy on {skill} digits", after, before, "its base", 0.02, chance=0.1)
