@@ -1,6 +1,6 @@
-"""Two generated languages that differ in every word. A base with six layers knows both and that they belong together; a
-task expert has learnt sums of digits in language E, a language expert everything but sums in language X. Asked for: sums
-in X, which nobody was taught. The answer must be the right digit, in X.
+"""Two generated languages that differ in every word. A base with six layers knows both and that they belong together;
+a task expert has learnt sums of digits in language E, a language expert everything but sums in language X. Asked for:
+sums in X, which nobody was taught. The answer must be the right digit, in X.
 
 All arms choose among 12 settings by sums in X of half of all pairs of digits; the result is taken from the other half.
 Swapping chooses how many layers at the bottom and at the top come from the language expert, and whether there are
@@ -23,8 +23,8 @@ from regraft.merge.rules.linear import linear
 from regraft.merge.rules.task_arithmetic import task_arithmetic
 from regraft.merge.rules.ties import ties
 
-# One to three layers at the bottom, none to two at the top, of six; with and without one transition layer below.
-SWAPS = [o for o in grid(bottom=[1, 2, 3], top=[0, 1], transition_bottom=[0, 1]) if sum(o.values()) <= 5]
+# One to three layers at the bottom, none or one at the top, of six; with and without one transition layer below.
+SWAPS = grid(bottom=[1, 2, 3], top=[0, 1], transition_bottom=[0, 1])
 ARITHMETIC = grid(lambda_=[0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4])
 TIES = grid(density=[0.1, 0.2, 0.5], lambda_=[0.6, 1.0, 1.5, 2.0])
 

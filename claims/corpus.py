@@ -66,12 +66,12 @@ def sources() -> tuple[Source, ...]:
     return tuple(found)
 
 
-def split(domain: bool, seed: int) -> tuple[list[Source], list[Source]]:
+def split(domain: bool, seed: int, share: float = 1.0) -> tuple[list[Source], list[Source]]:
     """Files of the domain, or of everything else: for training, and a part held out."""
     files = [source for source in sources() if (source.top in DOMAIN) == domain]
     random.Random(seed).shuffle(files)
     parts: tuple[list[Source], list[Source]] = ([], [])
-    for part, limit in zip(parts, (TRAINING[domain], TRAINING[domain] / 8), strict=True):
+    for part, limit in zip(parts, (share * TRAINING[domain], share * TRAINING[domain] / 8), strict=True):
         while files and sum(len(source.text) for source in part) < limit:
             part.append(files.pop())
     return parts

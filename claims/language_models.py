@@ -49,9 +49,12 @@ def windows(ids: Tensor, length: int, count: int, generator: torch.Generator) ->
 def fit(
     model: transformers.PreTrainedModel, batches: Callable[[int], Batch], steps: int, rate: float, decay: float = 0.05
 ) -> None:
-    """AdamW; the rate rises over a tenth of the steps, then falls to zero."""
+    """AdamW; the rate rises over a tenth of the steps, then falls to zero along a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2), pct_start=0.1)
+    warm = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / max(steps, 1)))
+    )
     model.train()
     for step in range(steps):
         loss = model(**batches(step)).loss

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ LENGTH = 20
 SIZES = {"laptop": (64, 6, 1500, 250, 48), "smoke": (16, 6, 3, 2, 8)}
 
 Sentence = list[str]
+Maker = Callable[[random.Random], Sentence]
 
 
 def numbered(sentence: Sentence, language: str) -> list[int]:
@@ -149,7 +150,7 @@ def bigram_loss(language: str, seed: int) -> float:
         counts[row[:-1], row[1:]] += 1
     logs = (counts / counts.sum(1, keepdim=True)).log()
     draw = random.Random(10_000 + seed)
-    pairs = [pair for _ in range(200) for row in [sentence(draw)] for pair in zip(row[:-1], row[1:], strict=True)]
+    pairs = [pair for _ in range(200) for row in [sentence(draw)] for pair in pairwise(row)]
     return -float(torch.stack([logs[a, b] for a, b in pairs]).mean())
 
 

@@ -44,12 +44,15 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def share(scale: str) -> float:
+    return 0.06 if scale == "smoke" else 1.0
+
+
 @lru_cache(maxsize=4)
 def texts(domain: bool, seed: int, scale: str) -> tuple[list[str], list[str]]:
     """For training, and held out."""
-    parts = corpus.split(domain, seed)
-    limit = 40 if scale == "smoke" else None
-    return tuple([source.text for source in part[:limit]] for part in parts)  # type: ignore[return-value]
+    train, held = corpus.split(domain, seed, share(scale))
+    return [source.text for source in train], [source.text for source in held]
 
 
 @lru_cache(maxsize=8)
@@ -61,12 +64,12 @@ def ids(base: Path, domain: bool, seed: int, scale: str) -> tuple[Tensor, Tensor
 
 
 @lru_cache(maxsize=4)
-def questions(domain: bool, seed: int) -> tuple[list[Function], list[Function]]:
+def questions(domain: bool, seed: int, scale: str) -> tuple[list[Function], list[Function]]:
     """Documented functions of the files that are trained on: for tuning, and held out for tests.
 
     Raw text of both has been seen; in the domain no instruction tuning of the general model has seen either.
     """
-    found = corpus.functions(corpus.split(domain, seed)[0])
+    found = corpus.functions(corpus.split(domain, seed, share(scale))[0])
     random.Random(seed).shuffle(found)
     cut = len(found) * 3 // 4 if not domain else len(found) // 2
     return found[:cut], found[cut:]
@@ -142,12 +145,12 @@ def decoder_domain_instruct(folder: Path, *, seed: int, scale: str) -> Quality:
 
 def _tuned(folder: Path, origin: Path, domain: bool, seed: int, scale: str) -> Quality:
     model, tokenizer = read(origin), tokenizer_of(origin)
-    train, held = questions(domain, seed)
+    train, held = questions(domain, seed, scale)
     rows, pad = dialogues(tokenizer, train), tokenizer.pad_token_id
     test = dialogues(tokenizer, held[:100])
     before = float(lm.answer_losses(model, test, pad).mean())
     draws = random.Random(seed + 2)
-    lm.fit(model, lambda _: lm.padded(draws.sample(rows, 24), pad), SIZES[scale][5], 1e-3)
+    lm.fit(model, lambda _: lm.padded(draws.sample(rows, min(24, len(rows))), pad), SIZES[scale][5], 1e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     after = float(lm.answer_losses(model, test, pad).mean())
@@ -164,7 +167,7 @@ class Examination:
         most = 30_000 if scale != "smoke" else 500
         self.general, self.domain = (ids(base, domain, seed, scale)[1][:most] for domain in (False, True))
         count = 150 if scale != "smoke" else 6
-        generic, special = questions(False, seed)[1], questions(True, seed)[1]
+        generic, special = questions(False, seed, scale)[1], questions(True, seed, scale)[1]
         self.generic = generic[:count]
         draws = random.Random(seed + 3)
         self.choices = [[f, *draws.sample([g for g in special if g is not f], 3)] for f in special[:count]]
