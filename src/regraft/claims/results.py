@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.checkpoint.json_file import read_json
-from regraft.claims.claim import NOT_JUDGED, Claim, Figures
+from regraft.claims.claim import NOT_JUDGED, Check, Claim, Figures
 from regraft.claims.find import Found
 from regraft.claims.verdict import Finding, judge, overall
 from regraft.errors import UserError
@@ -45,7 +45,18 @@ class Results:
     def findings(self) -> list[Finding]:
         if not self.seeds or self.scale == "smoke":
             return []
-        return [judge(check, list(self.figures.values())) for check in self.claim.checks]
+        return [judge(check, list(self.figures.values())) for check in self.claim.checks if self._can_be_judged(check)]
+
+    def _can_be_judged(self, check: Check) -> bool:
+        """Whether all seeds have the figures that a check speaks of: at the scale of papers there may be fewer."""
+        try:
+            for figures in self.figures.values():
+                check.effect(figures)
+        except KeyError:
+            if self.scale != "paper":
+                raise
+            return False
+        return True
 
     @property
     def verdict(self) -> str:
