@@ -20,7 +20,7 @@ from regraft.claims.paper_scale import Inputs, tuned_merges
 from regraft.merge.rules.dare_linear import dare_linear
 from regraft.merge.rules.ties import ties
 
-SKILLS = ["rotated", "inverted", "shifted", "occluded"]
+SKILLS = ["rotated", "thickened", "occluded", "framed"]
 RATES = (0.5, 0.9, 0.99)
 MASKS = 3
 NARROW = {"laptop": 32, "smoke": 8}

@@ -272,6 +272,7 @@ def retrieved(similarities: Tensor) -> float:
 ENTRIES: dict[str, tuple[Callable[..., Path], str, dict[str, str]]] = {
     "digits_vit": (vision.digits_vit, "ViTForImageClassification", {}),
     "digits_skill": (vision.digits_skill, "ViTForImageClassification", {"skill": "rotated"}),
+    "digits_labels": (vision.digits_labels, "ViTForImageClassification", {"labels": "parity"}),
     "digits_resnet": (digits_resnet, "ResNetForImageClassification", {}),
     "digits_clip": (digits_clip, "CLIPModel", {}),
     "decoder": (text.decoder, "LlamaForCausalLM", {}),

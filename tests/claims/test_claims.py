@@ -73,7 +73,7 @@ def test_the_scale_of_papers_merges_and_scores_models_that_are_given(tmp_path: P
         vision.digits.write_data(path, small)
         data[part] = path.name
     base = vision.digits_vit(seed=0, scale="smoke")
-    experts = {s: str(vision.digits_skill(skill=s, seed=0, scale="smoke")) for s in ("rotated", "inverted")}
+    experts = {s: str(vision.digits_skill(skill=s, seed=0, scale="smoke")) for s in ("rotated", "framed")}
     inputs = tmp_path / "inputs.yaml"
     inputs.write_text(
         f"base: {base}\nexperts: {experts}\nmetric: accuracy\n"

@@ -27,7 +27,7 @@ def ran(folder: Path) -> list[str]:
 def test_figures_verdict_and_surroundings_are_written(tiny: Path, tmp_path: Path) -> None:
     (result, _) = run_claims(claims(tiny), range(5), tmp_path / "results", jobs=1)
     stored = json.loads((tmp_path / "results" / "01.json").read_text(encoding="utf-8"))
-    assert stored == result.to_dict()
+    assert stored == json.loads(json.dumps(result.to_dict()))
     assert stored["verdict"] == "held"
     assert stored["checks"][0]["effects"] == pytest.approx([0.1, 0.105, 0.11, 0.115, 0.12])
     assert stored["checks"][1]["verdict"] == "not held"  # does not decide

@@ -111,9 +111,8 @@ def _made(results: Results) -> str:
     commits = {str(record.get("commit") or "unknown")[:10] for record in records}
     versions = ", ".join(f"{name} {v}" for name, v in (records[-1].get("versions") or {}).items())
     seeds = ", ".join(results.seeds)
-    parts = [
-        f"Seeds {seeds}; {sum(seconds) / len(seconds):.0f} s per seed on one core; commit {', '.join(sorted(commits))}"
-    ]
+    each = f"{sum(seconds) / len(seconds):.0f} s of processor time per seed"
+    parts = [f"Seeds {seeds}; {each}; commit {', '.join(sorted(commits))}"]
     if any(record.get("uncommitted_changes") for record in records):
         parts.append("with changes that were not committed")
     if results.earlier_code:
@@ -133,8 +132,8 @@ def _models(results: Sequence[Results]) -> str:
     head = [
         "## The models",
         "What the experiments start from: real architectures, trained from scratch on data that comes with Python or a "
-        "package. Each must be better than a simple baseline, or its claim is not run. Sizes, times (one core) and "
-        "qualities are those of one seed.",
+        "package. Each must be better than a simple baseline, or its claim is not run. Sizes, times (of the processor) "
+        "and qualities are those of one seed.",
         "| Model | Data | Parameters | Trained in | Quality |\n|---|---|---|---|---|",
     ]
     rows = []

@@ -89,9 +89,9 @@ def check_scale(found: Sequence[Found], scale: str, inputs: Inputs | None) -> No
 
 
 def perform(task: Task) -> dict[str, Any]:
-    """Run one seed in this process: its figures, the models that it used, and the time that it took."""
+    """Run one seed in this process: its figures, the models that it used, and the processor time that it took."""
     claim = load(task.path).claim
-    started = time.monotonic()
+    started = time.process_time()
     with models_used() as models, _one_thread():
         torch.manual_seed(task.seed)
         if task.inputs is not None and claim.at_paper_scale is not None:
@@ -102,7 +102,7 @@ def perform(task: Task) -> dict[str, Any]:
     if unfit:
         raise RuntimeError(f"claim {claim.number:02d}, seed {task.seed}: {', '.join(unfit)} is no finite number")
     rounded = {name: round(float(value), 6) for name, value in figures.items()}
-    return {"figures": rounded, "models": models, "seconds": round(time.monotonic() - started, 1)}
+    return {"figures": rounded, "models": models, "seconds": round(time.process_time() - started, 1)}
 
 
 def _here(tasks: Iterable[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
