@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from claims import text
+from claims.examination import Examination
 from claims.shared import State
 from regraft.axes import layout
 from regraft.claims.claim import Check, Claim, Figures, Plot, Row
@@ -55,7 +56,7 @@ def run(seed: int, scale: str) -> Figures:
         "slerp by depth": by_depth(slerp, general, domain),
         "lerp by depth": by_depth(linear, general, domain),
     }
-    examine = text.Examination(seed, scale)
+    examine = Examination(seed, scale)
     figures = {
         f"{measure}/{name}": value for name, model in models.items() for measure, value in examine(model).items()
     }

@@ -11,6 +11,7 @@ at 0.5, and continuing the instruct model itself on the domain for as many steps
 from __future__ import annotations
 
 from claims import text
+from claims.examination import Examination
 from claims.shared import cosine, flat
 from regraft.claims.claim import Check, Claim, Figures, Plot, Row
 from regraft.claims.paper_scale import Inputs, tuned_merges
@@ -35,7 +36,7 @@ def run(seed: int, scale: str) -> Figures:
         "continued": continued,
         "sum": task_arithmetic([domain, instruct], base=base, weight=1.0),
     }
-    examine = text.Examination(seed, scale)
+    examine = Examination(seed, scale)
     figures = {f"{measure}/{name}": value for name in ARMS for measure, value in examine(models[name]).items()}
     figures["cosine"] = cosine(flat(domain, base), flat(instruct, base))
     figures["cosine of two domain vectors"] = cosine(flat(domain, base), flat(continued, instruct))

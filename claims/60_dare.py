@@ -9,9 +9,11 @@ pre-training on a domain, by the share of the gain in loss that is left.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from claims import text
+from claims.examination import Examination
 from claims.shared import State, flat
 from claims.skills import Experts
 from claims.vision import SIZES
@@ -42,21 +44,26 @@ def of_experts(experts: Experts, kind: str, rate: float) -> float:
     )
 
 
+def share_left(before: float, after: float, thinned: float) -> float:
+    """The part of what fine-tuning gained that is left; 0 if it gained nothing, as at scale "smoke"."""
+    return (thinned - before) / (after - before) if abs(after - before) > 1e-6 else 0.0
+
+
 def of_decoder(seed: int, scale: str) -> dict[str, float]:
     """The share of the gain in loss that is left at rate 0.9, and the mean size of the changes."""
     base = text.state_of(text.decoder(seed=seed, scale=scale))
     tuned = text.state_of(text.decoder_instruct(seed=seed, scale=scale))
     continued = text.state_of(text.decoder_domain(seed=seed, scale=scale))
-    examine = text.Examination(seed, scale)
+    examine = Examination(seed, scale)
 
-    def left(state: State, loss: str) -> float:
-        before, after = examine(base)[loss], examine(state)[loss]
-        thinned = statistics.fmean(examine(dropped(state, base, 0.9, mask))[loss] for mask in range(MASKS))
-        return (before - thinned) / max(before - after, 1e-6)
+    def left(state: State, loss: Callable[[State], float]) -> float:
+        before, after = loss(base), loss(state)
+        thinned = statistics.fmean(loss(dropped(state, base, 0.9, mask)) for mask in range(MASKS))
+        return share_left(before, after, thinned)
 
     return {
-        "left/instruct": left(tuned, "answer loss"),
-        "left/continued": left(continued, "domain loss"),
+        "left/instruct": left(tuned, examine.answer_loss),
+        "left/continued": left(continued, examine.domain_loss),
         "size of change/instruct": float(flat(tuned, base).abs().mean()),
         "size of change/continued": float(flat(continued, base).abs().mean()),
     }
@@ -70,8 +77,8 @@ def run(seed: int, scale: str) -> Figures:
         for kind in ("dare", "drop", "magnitude"):
             figures[f"{kind}/{rate}"] = of_experts(wide, kind, rate)
     before, after = narrow.own([narrow.base] * len(SKILLS), "test"), narrow.own(narrow.states, "test")
-    figures["left/wide"] = (figures["dare/0.99"] - figures["base"]) / (figures["experts"] - figures["base"])
-    figures["left/narrow"] = (of_experts(narrow, "dare", 0.99) - before) / (after - before)
+    figures["left/wide"] = share_left(figures["base"], figures["experts"], figures["dare/0.99"])
+    figures["left/narrow"] = share_left(before, after, of_experts(narrow, "dare", 0.99))
     return {**figures, **of_decoder(seed, scale)}
 
 

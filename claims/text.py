@@ -23,9 +23,9 @@ from claims.corpus import Function
 from claims.shared import State
 from regraft.claims.zoo import Quality, entry
 
-LENGTH, BATCH = 96, 16
+LENGTH, BATCH = 128, 8
 # (width, layers, vocabulary, steps of pre-training, steps of continuing, steps of instruction tuning)
-SIZES = {"laptop": (128, 4, 1024, 700, 150, 200), "smoke": (16, 2, 300, 3, 2, 2)}
+SIZES = {"laptop": (96, 3, 1024, 1000, 250, 250), "smoke": (16, 2, 300, 3, 2, 2)}
 
 
 def read(path: Path) -> transformers.LlamaForCausalLM:
@@ -108,7 +108,7 @@ def decoder(folder: Path, *, seed: int, scale: str) -> Quality:
     model = transformers.LlamaForCausalLM(config)
     seen, unseen = lm.encoded(tokenizer, train), lm.encoded(tokenizer, held)
     draws = generator(seed)
-    lm.fit(model, lambda _: lm.windows(seen, LENGTH, BATCH, draws), steps, 4e-3)
+    lm.fit(model, lambda _: lm.windows(seen, LENGTH, BATCH, draws), steps, 5e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     loss = lm.loss_on(model, unseen, LENGTH, 40_000)
@@ -155,57 +155,3 @@ def _tuned(folder: Path, origin: Path, domain: bool, seed: int, scale: str) -> Q
     tokenizer.save_pretrained(folder)
     after = float(lm.answer_losses(model, test, pad).mean())
     return Quality("loss per token of answers, nats", after, before, "before", 0.3, higher_is_better=False)
-
-
-class Examination:
-    """What the claims on instruction and domain vectors measure."""
-
-    def __init__(self, seed: int, scale: str) -> None:
-        base = decoder(seed=seed, scale=scale)
-        self.model, self.tokenizer = read(base), tokenizer_of(base)
-        self.pad = self.tokenizer.pad_token_id
-        most = 30_000 if scale != "smoke" else 500
-        self.general, self.domain = (ids(base, domain, seed, scale)[1][:most] for domain in (False, True))
-        count = 150 if scale != "smoke" else 6
-        generic, special = questions(False, seed, scale)[1], questions(True, seed, scale)[1]
-        self.generic = generic[:count]
-        draws = random.Random(seed + 3)
-        self.choices = [[f, *draws.sample([g for g in special if g is not f], 3)] for f in special[:count]]
-
-    def __call__(self, state: State) -> dict[str, float]:
-        """Losses on raw text, loss on general answers, and shares: the format kept, the domain's questions answered."""
-        self.model.load_state_dict(state)
-        return {
-            "general loss": lm.loss_on(self.model, self.general, LENGTH, len(self.general)),
-            "domain loss": lm.loss_on(self.model, self.domain, LENGTH, len(self.domain)),
-            "answer loss": self.answer_loss(),
-            "format": self.format(),
-            "domain questions": self.domain_questions(),
-        }
-
-    def answer_loss(self) -> float:
-        rows = dialogues(self.tokenizer, self.generic)
-        return float(lm.answer_losses(self.model, rows, self.pad).mean())
-
-    def domain_questions(self) -> float:
-        """How often an answer is more likely after the right question than after those about three other functions."""
-        rows = [
-            lm.dialogue(self.tokenizer, ask(other), choices[0].summary) for choices in self.choices for other in choices
-        ]
-        losses = lm.answer_losses(self.model, rows, self.pad).view(-1, 4)
-        return float((losses[:, 0] < losses[:, 1:].min(1).values).float().mean())
-
-    @torch.inference_mode()
-    def format(self, tokens: int = 40) -> float:
-        """How often a greedy answer to a general question is one line of text and ends as instructed."""
-        heads = [lm.dialogue(self.tokenizer, ask(f))[0] for f in self.generic]
-        right = 0
-        for length in sorted({len(head) for head in heads}):  # equal lengths, so that nothing is padded
-            group = torch.tensor([head for head in heads if len(head) == length])
-            mask = torch.ones_like(group)
-            made = self.model.generate(group, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
-            for row in made[:, length:].tolist():
-                end = self.tokenizer.eos_token_id
-                answer = self.tokenizer.decode(row[: row.index(end)]) if end in row else ""
-                right += bool(answer.strip()) and "\n" not in answer
-        return right / len(heads)
