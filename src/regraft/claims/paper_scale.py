@@ -90,7 +90,8 @@ def tuned_merges(seed: int, inputs: Inputs, arms: Mapping[str, Mapping[str, Any]
         best = max(means, key=lambda model: means[model])
         options = best.partition("@")[2]
         picked = {key: value for key, value in arm.items() if key != "sweep"}
-        picked.update(yaml.safe_load(part.replace("=", ": ", 1)) for part in options.split(",") if part)
+        for part in filter(None, options.split(",")):
+            picked.update(yaml.safe_load(part.replace("=", ": ", 1)))
         chosen[name] = picked
     tested = _scores(folder / "test", inputs, chosen, inputs.test, seed)
     figures = {name: _mean(tested[name]) for name in [*chosen, "base"]}
