@@ -2,8 +2,11 @@
 and all eight are merged by each rule. Task arithmetic has 12 values of lambda to choose from, TIES 3 densities times 4
 values of lambda; averaging has nothing to choose. Merges are scored by their mean accuracy over the skills merged.
 
-Premise: a task vector can be trimmed to its largest 20 % for almost nothing. Mechanism: with random instead of elected
-signs, and everything else as chosen for TIES, merges must be worse.
+Premise: a task vector can be trimmed to its largest 20 % for almost nothing. In a pilot (seed 100) fine-tunes by AdamW
+did not have it: all weights had moved by about as much, trimming cost 30 points, and TIES was 1.5 points worse than
+task arithmetic. The experts are therefore fine-tuned by gradient descent with momentum, which has it (trimming cost
+less than a point on the skill that was tried). Mechanism: with random instead of elected signs, and everything else as
+chosen for TIES, merges must be worse.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ TIES = grid(density=[0.1, 0.2, 0.5], lambda_=[0.6, 1.0, 1.5, 2.0])
 
 
 def run(seed: int, scale: str) -> Figures:
-    experts = Experts(seed, scale, list(SKILLS))
+    experts = Experts(seed, scale, list(SKILLS), optimizer="sgd")
     trimmed = [ties([state], base=experts.base, density=0.2) for state in experts.states]
     figures = {
         "base": experts.score(experts.base, "test"),

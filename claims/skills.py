@@ -16,9 +16,12 @@ Merge = Callable[..., State]
 class Experts:
     """A base and its fine-tunes in memory."""
 
-    def __init__(self, seed: int, scale: str, skills: Sequence[str], width: int = 0) -> None:
+    def __init__(
+        self, seed: int, scale: str, skills: Sequence[str], *, width: int = 0, optimizer: str = "adamw"
+    ) -> None:
         base = vision.digits_vit(seed=seed, scale=scale, width=width)
-        paths = [vision.digits_skill(skill=skill, seed=seed, scale=scale, width=width) for skill in skills]
+        how = {"seed": seed, "scale": scale, "width": width, "optimizer": optimizer}
+        paths = [vision.digits_skill(skill=skill, **how) for skill in skills]
         self.skills = list(skills)
         self.base = vision.state_of(base)
         self.states = [vision.state_of(path) for path in paths]

@@ -112,7 +112,7 @@ def jittered_split(seed: int, scale: str, part: str) -> digits.Split:
 def linear_accuracy(train: Sequence[digits.Split], test: digits.Split) -> float:
     """The baseline: logistic regression on the pixels of the same images."""
     inputs, labels = torch.cat([s.images.flatten(1) for s in train]), torch.cat([s.labels for s in train])
-    model = LogisticRegression(max_iter=100).fit(inputs.numpy(), labels.numpy())
+    model = LogisticRegression(max_iter=1000).fit(inputs.numpy(), labels.numpy())
     return float(model.score(test.images.flatten(1).numpy(), test.labels.numpy()))
 
 
@@ -133,18 +133,52 @@ def digits_vit(folder: Path, *, seed: int, scale: str, width: int = 0) -> Qualit
 
 
 @entry(data="the same digits under one fixed change, and upright in every second batch")
-def digits_skill(folder: Path, *, skill: str, seed: int, scale: str, width: int = 0) -> Quality:
+def digits_skill(
+    folder: Path, *, skill: str, seed: int, scale: str, width: int = 0, optimizer: str = "adamw"
+) -> Quality:
+    """`optimizer`: "adamw" changes all weights by about the same small amount; "sgd" changes few of them much."""
     epochs = SIZES[scale][3]
     parts = splits(seed, scale)
     model = load(digits_vit(seed=seed, scale=scale, width=width))
     changed = ALL[skill](parts["test"].images)
     before = accuracy(model, changed, parts["test"].labels)
     model.classifier.requires_grad_(False)
-    order = seed * 100 + 1 + list(ALL).index(skill)
-    training.train(model, parts["train"], [ALL[skill], digits.upright], epochs=epochs, rate=3e-4, seed=order)
+    order, variants = seed * 100 + 1 + list(ALL).index(skill), [ALL[skill], digits.upright]
+    if optimizer == "adamw":
+        training.train(model, parts["train"], variants, epochs=epochs, rate=3e-4, seed=order)
+    else:
+        _with_momentum(model, parts["train"], variants, epochs, 0.03, order)
     model.save_pretrained(folder)
     after = accuracy(model, changed, parts["test"].labels)
-    return Quality(f"accuracy on {skill} digits", after, before, "its base", 0.02, chance=0.1)
+    return Quality(f"accuracy on {skill} digits", after, before, "its base", 0.01, chance=0.1)
+
+
+def _with_momentum(
+    model: torch.nn.Module,
+    data: digits.Split,
+    variants: Sequence[Callable[[Images], Images]],
+    epochs: int,
+    rate: float,
+    seed: int,
+) -> None:
+    """The training of the example, with plain gradient descent and momentum."""
+    batches = max(1, len(data.labels) // training.BATCH)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=epochs * batches, pct_start=0.1, cycle_momentum=False
+    )
+    inputs = [variant(data.images) for variant in variants]
+    draws, step = torch.Generator().manual_seed(seed), 0
+    model.train()
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(data.labels), generator=draws).chunk(batches):
+            loss = model(pixel_values=inputs[step % len(inputs)][chosen], labels=data.labels[chosen]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+    model.eval()
 
 
 # Other questions about the same images, each with a head of its own; -1 is an image that is not asked about.
