@@ -1,7 +1,7 @@
-"""The experts of claim 65: fine-tunes of one vision transformer on eight distortions of digits, by gradient descent with
-momentum. The first two, four and all eight are merged. PCB has 3 ratios times 4 values of lambda to choose from on
-validation images, TIES 3 densities times the same 4, task arithmetic 12 values of lambda; averaging has nothing to
-choose.
+"""The experts of claim 65: fine-tunes of one vision transformer on eight distortions of digits, trained by gradient
+descent with momentum. The first two, four and all eight are merged. PCB has 3 ratios times 4 values of lambda to choose
+from on validation images, TIES 3 densities times the same 4, task arithmetic 12 values of lambda; averaging has nothing
+to choose.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Entries of an expert's task vector are dropped at random at three rates, and the rest is scaled up (DARE), or not; or
 all but the largest are dropped. Experts are fine-tunes by AdamW of a vision transformer on four distortions of digits,
 of two widths; random masks are drawn three times. What is kept is the share of the expert's gain over its base that is
-left. (With experts that are fine-tuned by gradient descent with momentum, whose changes are few and large, dropping 90 %
-at random left less than the base in a pilot; claim 65 uses those.)
+left. (With experts trained by gradient descent with momentum, whose changes are few and large, dropping 90 % at random
+left less than the base in a pilot; claim 65 uses those.)
 
 Continued pre-training: the same at rate 0.9 on a text decoder, for its instruction tuning and for its continued
 pre-training on a domain, by the share of the gain in loss that is left.
