@@ -55,7 +55,7 @@ class Sweep:
         draws = torch.Generator().manual_seed(7919 * self.seed + number)
         a, b, c, d = torch.rand(4, generator=draws).tolist()
         rate, decay, smoothing = 10 ** (-3.6 + 0.8 * a), 10 ** (-4 + 3 * b), (0.0, 0.1, 0.2)[int(3 * c)]
-        epochs = 8 + int(9 * d) if self.scale != "smoke" else 1
+        epochs = 6 + int(7 * d) if self.scale != "smoke" else 1
         model = vision.load(self.base)
         if not one_start:
             torch.manual_seed(number)

@@ -92,6 +92,11 @@ def test_a_file_that_is_no_claim(cli: Callable[..., Any], tiny: Path) -> None:
     fails(cli("run", "4"), "RG902", "04_other.py")
 
 
+def test_a_package_that_is_not_installed(cli: Callable[..., Any], tiny: Path) -> None:
+    (tiny / "01_tiny.py").write_text("import not_installed_anywhere\n")
+    fails(cli("run", "1"), "RG602", "not_installed_anywhere", "01_tiny.py")
+
+
 def test_a_folder_without_claims(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import regraft
 

@@ -67,6 +67,21 @@ def test_an_entry_is_made_once_and_says_what_it_is(module: ModuleType, tmp_path:
     assert count(tmp_path) == 2
 
 
+def test_the_cache_is_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from regraft.checkpoint.paths import cache_folder
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("REGRAFT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder("zoo") == tmp_path / "home" / ".cache" / "regraft" / "zoo"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder("zoo") == tmp_path / "xdg" / "regraft" / "zoo"
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "own"))
+    assert cache_folder("zoo") == tmp_path / "own" / "zoo"
+    monkeypatch.setenv("REGRAFT_CACHE", "relative")
+    assert cache_folder("zoo") == tmp_path / "xdg" / "regraft" / "zoo"
+
+
 def test_another_state_of_the_code_makes_another_model(module: ModuleType, tmp_path: Path) -> None:
     first = module.little(seed=1, scale="laptop")
     assert loaded(tmp_path, ENTRY + "# changed\n").little(seed=1, scale="laptop") != first

@@ -61,8 +61,16 @@ def claims(folder: Path, numbers: Sequence[str] | None = None) -> list[Found]:
 
 
 def load(path: Path) -> Found:
-    """The claim that a file holds."""
-    module = module_of(path)
+    """The claim that a file holds.
+
+    Raises:
+        UserError: RG902 if it holds none, RG602 if it needs a package that is not installed.
+    """
+    try:
+        module = module_of(path)
+    except ModuleNotFoundError as error:
+        what = f"the claim needs the package {error.name}, which is not installed"
+        raise UserError("RG602", what, where=path.name, fix="pip install 'regraft[dev]'") from None
     claim = getattr(module, "CLAIM", None)
     if not isinstance(claim, Claim) or f"{claim.number:02d}" != path.name[:2]:
         fix = "set CLAIM = Claim(...) whose paper has this number"
