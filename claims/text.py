@@ -113,7 +113,7 @@ def decoder(folder: Path, *, seed: int, scale: str) -> Quality:
     tokenizer.save_pretrained(folder)
     loss = lm.loss_on(model, unseen, LENGTH, 40_000)
     baseline = lm.trigram_loss(seen, unseen[:20_000], len(tokenizer))
-    return Quality("loss per token, nats", loss, baseline, "trigrams", 0.1, higher_is_better=False)
+    return Quality("loss per token, nats", loss, baseline, "trigrams", 0.05, higher_is_better=False)
 
 
 @entry(data="0.7 million characters of the source of the standard library's modules about the internet")
@@ -150,7 +150,8 @@ def _tuned(folder: Path, origin: Path, domain: bool, seed: int, scale: str) -> Q
     test = dialogues(tokenizer, held[:100])
     before = float(lm.answer_losses(model, test, pad).mean())
     draws = random.Random(seed + 2)
-    lm.fit(model, lambda _: lm.padded(draws.sample(rows, min(24, len(rows))), pad), SIZES[scale][5], 1e-3)
+    # Lightly: at 1e-3, tried with seed 100, a tuned model was worse at raw text than it had been by 0.7 nats.
+    lm.fit(model, lambda _: lm.padded(draws.sample(rows, min(24, len(rows))), pad), SIZES[scale][5], 3e-4)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     after = float(lm.answer_losses(model, test, pad).mean())
