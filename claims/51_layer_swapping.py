@@ -1,10 +1,11 @@
-"""Two generated languages that differ in every word. A base with six layers knows both and that they belong together;
-a task expert has learnt sums of digits in language E, a language expert everything but sums in language X. Asked for:
-sums in X, which nobody was taught. The answer must be the right digit, in either language.
+"""Two generated languages that differ in every word. A base with six layers knows both and that they belong together; a
+task expert has learnt to reverse three words in language E, a language expert everything but that in language X. Asked
+for: reversals in X, which nobody was taught. (Sums of digits were tried first, with seed 100: nothing of them crossed
+over to X, neither by itself nor by any merge, so that nothing could be compared.)
 
-All arms choose among 12 settings by sums in X of half of all pairs of digits; the result is taken from the other half.
-Swapping chooses how many layers at the bottom and at the top come from the language expert, and whether there are
-transition layers; the control does the same with the experts exchanged (language inside, task outside).
+All arms that have something to choose have 12 settings and choose by 300 reversals in X; the result is taken from 300
+others. Swapping chooses how many layers at the bottom and at the top come from the language expert, and whether there
+is a transition layer; the control does the same with the experts exchanged (language inside, task outside).
 """
 
 from __future__ import annotations
@@ -109,11 +110,11 @@ CLAIM = Claim(
         Check("better than task arithmetic", lambda f: f["swap"] - f["arithmetic"], 0.02, decides=False),
         Check("better than swapped the wrong way round", lambda f: f["swap"] - f["wrong way"], 0.02, decides=False),
         Check("better than layers at random", lambda f: f["swap"] - f["random layers"], 0.02, decides=False),
-        Check("premise: some of the task crosses over by itself", lambda f: f["task"] - 0.1, 0.05, decides=False),
-        Check("premise: the task expert knows sums in E", lambda f: f["task expert in E"] - 0.9, 0.0, decides=False),
+        Check("premise: some of the task crosses over by itself", lambda f: f["task"] - 1 / 6, 0.05, decides=False),
+        Check("premise: the task expert reverses in E", lambda f: f["task expert in E"] - 0.9, 0.0, decides=False),
     ),
     plot=Plot(
-        "Sums in language X, right answers, %",
+        "Reversals in language X, right answers, %",
         tuple(
             Row(label, name)
             for label, name in (

@@ -2,14 +2,14 @@
 
 Sentences come from a small probabilistic grammar, counting and comparing digits from arithmetic. The base learns much E
 and little X, and that the two belong together: translations, and sentences in which some words stand in the other
-language. A task expert learns sums of digits (modulo ten) in E alone, a language expert everything but sums in X alone.
+language. A task expert learns to reverse three words in E alone, a language expert everything but that in X alone.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -78,9 +78,10 @@ def sorting(draw: random.Random) -> Sentence:
     return ["sort", *digits, "is", *sorted(digits)]
 
 
-def adding(draw: random.Random) -> Sentence:
-    a, b = draw.randrange(10), draw.randrange(10)
-    return [DIGITS[a], "plus", DIGITS[b], "is", DIGITS[(a + b) % 10]]
+def reversing(draw: random.Random) -> Sentence:
+    """The command is a verb, a word that the base knows in both languages."""
+    words = draw.sample([*DIGITS, *NOUNS], 3)
+    return [VERBS[-1], *words, "is", *reversed(words)]
 
 
 GENERAL = (statement, statement, counting, comparing, following)
@@ -119,21 +120,14 @@ def state_of(path: Path) -> State:
     return {name: value.detach() for name, value in read(path).state_dict().items()}
 
 
-def sums(language: str, part: str) -> tuple[Tensor, Tensor]:
-    """Prompts `a plus b is` of half of all pairs, and the tokens of the right answers."""
-    pairs = [(a, b) for a, b in product(range(10), range(10)) if (3 * a + b) % 2 == (part == "test")]
-    prompts = [[BEGIN, *numbered([DIGITS[a], "plus", DIGITS[b], "is"], language)] for a, b in pairs]
-    answers = [numbered([DIGITS[(a + b) % 10]], language)[0] for a, b in pairs]
-    return torch.tensor(prompts), torch.tensor(answers)
-
-
 @torch.inference_mode()
 def accuracy(model: transformers.PreTrainedModel, language: str, part: str) -> float:
-    """How often the most likely next token is the right digit, in whichever language: a number is the same in both, as
-    the answers to the paper's problems are."""
-    prompts, answers = sums(language, part)
-    found = model(input_ids=prompts).logits[:, -1].argmax(-1)
-    return float((meaning(found) == meaning(answers)).float().mean())
+    """How often all three words of a reversal are the most likely ones, each after the right ones before it, in whichever
+    language they are said. Validation and test ask for other words."""
+    draw = random.Random(f"{language} {part}")
+    asked = torch.tensor([[BEGIN, *numbered(reversing(draw), language)] for _ in range(300)])
+    found = model(input_ids=asked[:, :-1]).logits[:, -3:].argmax(-1)
+    return float((meaning(found) == meaning(asked[:, -3:])).all(1).float().mean())
 
 
 def meaning(tokens: Tensor) -> Tensor:
@@ -197,16 +191,16 @@ def two_languages(folder: Path, *, seed: int, scale: str) -> Quality:
     return Quality("loss per token in E, nats", found, baseline, "bigrams", 0.1, higher_is_better=False)
 
 
-@entry(data="generated: sums of two digits modulo ten, in E alone")
+@entry(data="generated: three words and the same three reversed, in E alone")
 def task_expert(folder: Path, *, seed: int, scale: str) -> Quality:
     model = read(two_languages(seed=seed, scale=scale))
     before = accuracy(model, "E", "test")
-    train(model, in_one("E", (adding,)), SIZES[scale][3], 7e-4, seed + 1, SIZES[scale][4])
+    train(model, in_one("E", (reversing,)), SIZES[scale][3], 7e-4, seed + 1, SIZES[scale][4])
     model.save_pretrained(folder)
-    return Quality("accuracy of sums in E", accuracy(model, "E", "test"), before, "its base", 0.5, chance=0.1)
+    return Quality("reversals in E", accuracy(model, "E", "test"), before, "its base", 0.5, chance=1 / 6)
 
 
-@entry(data="generated: everything but sums, in X alone")
+@entry(data="generated: everything but reversals, in X alone")
 def language_expert(folder: Path, *, seed: int, scale: str) -> Quality:
     model = read(two_languages(seed=seed, scale=scale))
     before = loss(model, "X", seed)

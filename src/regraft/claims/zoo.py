@@ -75,13 +75,16 @@ def entry(*, data: str) -> Callable[[Maker], Callable[..., Path]]:
 
     def decorate(make: Maker) -> Callable[..., Path]:
         signature = inspect.signature(make)
+        source = inspect.getsourcefile(make)
+        assert source is not None
+        code = state_of(Path(source))  # as it was imported, whatever becomes of the file meanwhile
 
         @functools.wraps(make)
         def made(**arguments: Any) -> Path:
             bound = signature.bind(Path(), **arguments)
             bound.apply_defaults()
             options = {name: value for name, value in bound.arguments.items() if name != "folder"}
-            target = cache_folder("zoo") / f"{make.__name__}-{_key(make, options)}"
+            target = cache_folder("zoo") / f"{make.__name__}-{_key(make, options, code)}"
             if not (target / RECORD).is_file():
                 _make(make, target, options, data)
             record = json.loads((target / RECORD).read_text(encoding="utf-8"))
@@ -103,11 +106,9 @@ def models_used() -> Iterator[list[dict[str, Any]]]:
     collected += _used
 
 
-def _key(make: Maker, options: dict[str, Any]) -> str:
-    source = inspect.getsourcefile(make)
-    assert source is not None
+def _key(make: Maker, options: dict[str, Any], code: str) -> str:
     with_what = [platform.python_version(), *(metadata.version(name) for name in ("torch", "transformers"))]
-    content = json.dumps([make.__name__, options, state_of(Path(source)), with_what], sort_keys=True)
+    content = json.dumps([make.__name__, options, code, with_what], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=10).hexdigest()
 
 
