@@ -15,6 +15,7 @@ import pytest
 from regraft.claims.find import claims, state_of
 from regraft.claims.results import Results, results_of
 from regraft.claims.run import perform, run_claims
+from regraft.claims.zoo import NotGoodEnoughError
 from regraft.errors import UserError
 
 
@@ -56,6 +57,22 @@ def test_a_run_that_failed_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> N
     (result,) = run_claims(claims(tiny, ["1"]), range(4), tmp_path / "results", jobs=1)
     assert list(result.seeds) == ["0", "1", "2", "3"]
     assert ran(tiny) == ["0 laptop", "1 laptop", "2 laptop", "2 laptop", "3 laptop"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_model_that_is_not_good_enough_stops_nothing_else(tiny: Path, tmp_path: Path, jobs: int) -> None:
+    path = tiny / "01_tiny.py"
+    bad = "    if seed == 1:\n        raise NotGoodEnoughError('too bad')\n    return {"
+    text = path.read_text().replace("    return {", bad)
+    path.write_text(
+        text.replace("from regraft.methods", "from regraft.claims.zoo import NotGoodEnoughError\nfrom regraft.methods")
+    )
+    said: list[str] = []
+    with pytest.raises(NotGoodEnoughError, match="too bad"):
+        run_claims(claims(tiny), range(3), tmp_path / "results", jobs=jobs, say=said.append)
+    for name, seeds in (("01", ["0", "2"]), ("02", ["0", "1", "2"])):
+        assert list(json.loads((tmp_path / "results" / f"{name}.json").read_text())["seeds"]) == seeds
+    assert "claim 01, seed 1: not run, because too bad" in said
 
 
 def test_a_killed_command_leaves_whole_results(tiny: Path, tmp_path: Path) -> None:

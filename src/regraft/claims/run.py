@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from regraft.claims.find import Found, load
 from regraft.claims.paper_scale import Inputs
 from regraft.claims.results import Results, results_of, surroundings
-from regraft.claims.zoo import models_used
+from regraft.claims.zoo import NotGoodEnoughError, models_used
 from regraft.errors import UserError
 
 
@@ -54,6 +54,7 @@ def run_claims(
 
     Raises:
         UserError: RG903 for a claim that cannot be run at this scale, RG904 for results that cannot be used.
+        NotGoodEnoughError: after everything else has been run, if a model was no better than its baseline.
     """
     check_scale(found, scale, inputs)
     every = [results_of(one, results, scale) for one in found]
@@ -68,9 +69,17 @@ def run_claims(
     }
     around = surroundings(found[0].path.parent) if found else {}
     jobs = min(jobs or os.cpu_count() or 1, len(todo))
+    refused: list[NotGoodEnoughError] = []
     for task, record in _in_processes(list(todo), jobs) if jobs > 1 else _here(todo):
+        name = f"claim {todo[task].claim.number:02d}, seed {task.seed}"
+        if isinstance(record, NotGoodEnoughError):
+            refused.append(record)
+            say(f"{name}: not run, because {record}")
+            continue
         todo[task].add(task.seed, {**record, **around})
-        say(f"claim {todo[task].claim.number:02d}, seed {task.seed}: {record['seconds']:.0f} s")
+        say(f"{name}: {record['seconds']:.0f} s")
+    if refused:
+        raise refused[0]
     return every
 
 
@@ -105,12 +114,15 @@ def perform(task: Task) -> dict[str, Any]:
     return {"figures": rounded, "models": models, "seconds": round(time.process_time() - started, 1)}
 
 
-def _here(tasks: Iterable[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
+Outcome: TypeAlias = "dict[str, Any] | NotGoodEnoughError"
+
+
+def _here(tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
     for task in tasks:
-        yield task, perform(task)
+        yield _perform(task)
 
 
-def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, dict[str, Any]]]:
+def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Outcome]]:
     # Fresh processes: forking one that has started threads of torch's may leave locks held for ever.
     with multiprocessing.get_context("spawn").Pool(jobs, _ignore_interrupts) as pool:
         yield from pool.imap_unordered(_perform, tasks)
@@ -121,8 +133,12 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _perform(task: Task) -> tuple[Task, dict[str, Any]]:
-    return task, perform(task)
+def _perform(task: Task) -> tuple[Task, Outcome]:
+    """A model that is not good enough is no reason to lose what else is under way."""
+    try:
+        return task, perform(task)
+    except NotGoodEnoughError as error:
+        return task, error
 
 
 @contextmanager
