@@ -35,6 +35,7 @@ RANGES = {
     "4": "Output and resources",
     "5": "Network",
     "6": "Data and evaluation",
+    "9": "Claims",
 }
 # Names that the recipes on these pages give to their models, in this order.
 EXPERTS = ("maths", "code")

@@ -34,6 +34,7 @@ LAYERS = {
     "deltas": 1,
     "recipe": 2,
     "report": 2,
+    "claims": 2,
     "cli": 3,
 }
 GROUND = {"errors": set(), "version": set(), "methods": {"errors"}}
@@ -203,7 +204,7 @@ def test_every_command_and_code_has_its_page(generate: Any) -> None:
     pages = generate.pages()
     for code in CODES:
         assert f"### {code}: " in pages["errors.md"]
-    for name in ("merge", "run", "plan", "inspect", "extract-lora", "delta", "methods", "schema"):
+    for name in ("merge", "run", "plan", "inspect", "extract-lora", "delta", "claims", "methods", "schema"):
         assert f"# regraft {name}" in pages[f"commands/{name}.md"]
 
 

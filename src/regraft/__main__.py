@@ -2,4 +2,5 @@
 
 from regraft.cli.main import process
 
-process()
+if __name__ == "__main__":  # processes that a run of claims starts import this file as well
+    process()

@@ -214,6 +214,18 @@ def head(path: Path, size: int = 64) -> bytes:
     return first[:size]
 
 
+def cache_folder(name: str) -> Path:
+    """The folder `name` of regraft's cache: below REGRAFT_CACHE, else below `regraft` in XDG_CACHE_HOME or `~/.cache`.
+
+    A relative path if the user has no home folder.
+    """
+    own, given = (Path(os.environ.get(variable, "")) for variable in ("REGRAFT_CACHE", "XDG_CACHE_HOME"))
+    if own.is_absolute():
+        return own / name
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path.home raises where the home folder is unknown
+    return (given if given.is_absolute() else home / ".cache") / "regraft" / name
+
+
 def shown(text: object, limit: int = 100) -> str:
     """`repr` of something foreign, cut to a length that fits into a sentence."""
     try:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from regraft.cli.card import card
+from regraft.cli.claims import claims
 from regraft.cli.compare import compare
 from regraft.cli.delta import delta
 from regraft.cli.extract_lora import extract_lora
@@ -40,6 +41,7 @@ for function in (merge, run, plan, inspect, compare, report, extract_lora, metho
     app.command()(command(function))
 app.add_typer(delta, name="delta")
 app.add_typer(card, name="card")
+app.add_typer(claims, name="claims")
 
 
 def _print_versions(wanted: bool) -> None:

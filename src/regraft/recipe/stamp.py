@@ -1,10 +1,10 @@
 """A second run of a finished recipe ends at once: what the first one saw and left is noted in the user's cache.
 
-A run that has checked everything leaves a stamp in `~/.cache/regraft/finished` (XDG_CACHE_HOME, if set): what was asked
-for, the state of every file that it may have read, the state of every file of its output, and what it told. If all of
-that is as it was, the same command has nothing to do and says the same again, without importing torch or opening a
-model. In every other case, also if the stamp is gone or damaged, the whole check is made, which remains the authority:
-a stamp can only say "nothing has changed".
+A run that has checked everything leaves a stamp in `~/.cache/regraft/finished` (XDG_CACHE_HOME or REGRAFT_CACHE, if
+set): what was asked for, the state of every file that it may have read, the state of every file of its output, and what
+it told. If all of that is as it was, the same command has nothing to do and says the same again, without importing
+torch or opening a model. In every other case, also if the stamp is gone or damaged, the whole check is made, which
+remains the authority: a stamp can only say "nothing has changed".
 
 Decided: a model of the Hub by branch or tag has no stamp, because only the Hub knows whether it has moved; one by
 commit has. The sources are looked at before they are opened, so that a change during the run is seen. A run with
@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint.paths import exists, located, parse_ref
+from regraft.checkpoint.paths import cache_folder, exists, located, parse_ref
 from regraft.errors import UserError
 from regraft.recipe.file_states import (
     UnknownState,
@@ -75,7 +75,7 @@ class Stamp:
             "out": [str(out), str(out.absolute())],
             "settings": {name: value for name, value in asdict(settings).items() if name not in _SPEED_ONLY},
         }
-        self._path = _cache() / f"{_hash(f'{command} {out.absolute()}')}.json"
+        self._path = cache_folder("finished") / f"{_hash(f'{command} {out.absolute()}')}.json"
         whole = out.absolute()
         self._outputs = [str(whole), str(whole.with_name(f"{whole.name}.steps"))] if whole.name else [str(whole)]
         self._without = [os.path.realpath(path) for path in self._outputs]
@@ -224,13 +224,6 @@ def _software() -> dict[str, str]:
     files = sorted(path for path in files_below(str(Path(__file__).parents[1])) if "__pycache__" not in path)
     states = [(path, status.st_size, status.st_mtime_ns) for path in files for status in [Path(path).stat()]]
     return versions | {"files": _hash(str(states))}
-
-
-def _cache() -> Path:
-    """The folder of the stamps, a relative path if the user has no home folder."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path.home raises where the home folder is unknown
-    return (given if given.is_absolute() else home / ".cache") / "regraft" / "finished"
 
 
 def _hash(text: str) -> str:

@@ -1,0 +1,1 @@
+"""Experiments, one per paper, that can fail; `regraft claims` runs them."""

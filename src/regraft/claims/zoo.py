@@ -1,0 +1,139 @@
+"""Small pre-trained models that experiments share: made once, kept in the cache under the content of what made them.
+
+    @entry(data="scikit-learn's digits, upright")
+    def digits_base(folder: Path, *, seed: int, scale: str) -> Quality:
+        ...  # trains, saves an ordinary checkpoint into `folder`, and says how good it is
+
+    path = digits_base(seed=0, scale="laptop")
+
+The record beside it has the data, the options, the size, the processor time, and how good the model is. The key is made
+of the entry's name and arguments, the code that makes it and the versions of what computes. A model that is no better
+than its baseline is an error, except at scale "smoke", where nothing is trained long enough.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from regraft.checkpoint.model import open_checkpoint
+from regraft.checkpoint.paths import cache_folder
+from regraft.claims.find import state_of
+
+RECORD = "zoo.json"
+_used: list[dict[str, Any]] = []
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a model is, and what it must beat.
+
+    Attributes:
+        metric: what was measured, on what.
+        value, baseline: the model's, and the baseline's, which `against` names (an n-gram model, a linear model, the
+            model before fine-tuning).
+        margin: by how much the model must be better than the baseline.
+        chance: what guessing gives, where that has a meaning.
+        higher_is_better: False for losses.
+    """
+
+    metric: str
+    value: float
+    baseline: float
+    against: str
+    margin: float
+    chance: float | None = None
+    higher_is_better: bool = True
+
+    @property
+    def enough(self) -> bool:
+        gain = self.value - self.baseline
+        return (gain if self.higher_is_better else -gain) >= self.margin
+
+
+class NotGoodEnoughError(RuntimeError):
+    """A model of the zoo that is not far enough above its baseline to be called trained."""
+
+
+Maker = Callable[..., Quality]
+
+
+def entry(*, data: str) -> Callable[[Maker], Callable[..., Path]]:
+    """Make a cached entry of a function that saves a checkpoint; `data` says in words what it learns from."""
+
+    def decorate(make: Maker) -> Callable[..., Path]:
+        signature = inspect.signature(make)
+        source = inspect.getsourcefile(make)
+        assert source is not None
+        code = state_of(Path(source))  # as it was imported, whatever becomes of the file meanwhile
+
+        @functools.wraps(make)
+        def made(**arguments: Any) -> Path:
+            bound = signature.bind(Path(), **arguments)
+            bound.apply_defaults()
+            options = {name: value for name, value in bound.arguments.items() if name != "folder"}
+            target = cache_folder("zoo") / f"{make.__name__}-{_key(make, options, code)}"
+            if not (target / RECORD).is_file():
+                _make(make, target, options, data)
+            record = json.loads((target / RECORD).read_text(encoding="utf-8"))
+            if record not in _used:
+                _used.append(record)
+            return target
+
+        return made
+
+    return decorate
+
+
+@contextmanager
+def models_used() -> Iterator[list[dict[str, Any]]]:
+    """Collects the records of the entries that are asked for within the context."""
+    _used.clear()
+    collected: list[dict[str, Any]] = []
+    yield collected
+    collected += _used
+
+
+def _key(make: Maker, options: dict[str, Any], code: str) -> str:
+    with_what = [platform.python_version(), *(metadata.version(name) for name in ("torch", "transformers"))]
+    content = json.dumps([make.__name__, options, code, with_what], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=10).hexdigest()
+
+
+def _make(make: Maker, target: Path, options: dict[str, Any], data: str) -> None:
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        started = time.process_time()
+        quality = make(part, **options)
+        record = {
+            "name": make.__name__,
+            "options": options,
+            "data": data,
+            "parameters": open_checkpoint(str(part)).parameters,
+            "seconds": round(time.process_time() - started, 1),
+            "quality": asdict(quality),
+        }
+        if not quality.enough and options.get("scale") != "smoke":
+            raise NotGoodEnoughError(
+                f"{make.__name__} {options}: {quality.metric} is {quality.value:.4g}, {quality.against} has "
+                f"{quality.baseline:.4g}, and it must be better by {quality.margin:g}"
+            )
+        (part / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with suppress(OSError):  # another process has made the same meanwhile
+            part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
