@@ -57,6 +57,7 @@ CODES: dict[str, tuple[str, str]] = {
     "RG503": ("download broken", "A download ended early or does not match its size or hash."),
     "RG601": ("data unreadable", "A data file is missing, of an unknown format, or lacks a column."),
     "RG602": ("evaluation impossible", "The model has no head for this metric, or a package for it is not installed."),
+    "RG603": ("training diverged", "The loss is not finite any more; nothing that was trained after that would be of use."),
 }  # fmt: skip
 
 

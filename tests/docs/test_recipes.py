@@ -21,7 +21,7 @@ from models import save_fine_tune, save_model
 from regraft.cli.main import app
 from regraft.merge.rule import Rule
 from regraft.methods import Options
-from regraft.recipe import EvaluateStep, load_recipe
+from regraft.recipe import EvaluateStep, MergeStep, load_recipe
 from regraft.recipe.run import run
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +130,8 @@ def check_run(path: Path, out: Path) -> None:
             made = json.loads((result.artefacts[step.name] / "regraft.json").read_text(encoding="utf-8"))
             assert made["method"] == step.method
             assert made["output"]["tensors"] > 0
-            weights = "model.safetensors" if step.output == "model" else "adapter_model.safetensors"
+            adapter = isinstance(step, MergeStep) and step.output == "lora"
+            weights = "adapter_model.safetensors" if adapter else "model.safetensors"
             assert (result.artefacts[step.name] / weights).stat().st_size > 0
 
 
