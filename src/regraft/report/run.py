@@ -216,7 +216,7 @@ def brief_options(lineage: Lineage) -> list[str]:
     """Options that differ from the method's defaults, such as "lambda 0.4"; "varied" where tensors differ."""
     if not lineage.options:
         return []
-    fields = method("merge", lineage.method).options
+    fields = method(lineage.kind, lineage.method).options
     defaults = {
         k: fields.model_fields[a].get_default(call_default_factory=True) for k, a in field_names(fields).items()
     }

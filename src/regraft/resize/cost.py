@@ -41,6 +41,13 @@ def seconds(models: Mapping[str, Any], batch: Mapping[str, Any], *, repeats: int
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def summary(cost: Mapping[str, Any]) -> dict[str, float]:
+    """What is left of parameters, operations and time, as shares of the original's; for tables and cards."""
+    pairs = {"parameters left": cost["parameters"], "operations left": cost["flops"]}
+    pairs |= {f"time left, batch of {size}": times for size, times in cost["seconds"].items()}
+    return {name: pair["after"] / pair["before"] for name, pair in pairs.items()}
+
+
 def compared(before: Any, after: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters, operations and time of two models on a batch and on its first example."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "return_loss")}

@@ -1,8 +1,8 @@
 """Batches for what a model is: masked or next tokens, classes of texts or images, pairs of images and texts.
 
 `batches_for` looks at the model's architecture and at the first example, and gives the function that turns examples
-into a batch, labels included where the model has a loss of its own and the data has what that needs. Which tokens are masked
-is drawn from the seed of each example, see `regraft.train.objective`.
+into a batch, labels included where the model has a loss of its own and the data has what that needs. Which tokens are
+masked is drawn from the seed of each example, see `regraft.train.objective`.
 """
 
 from __future__ import annotations

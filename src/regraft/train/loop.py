@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -102,7 +103,7 @@ def train(
     objective.prepare(model)
     if options.gradient_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    _claim(folder, options, examples, key)
+    _claim_together(folder, options, examples, key, device)
     use_cache = getattr(model.config, "use_cache", None)
     begun = time.monotonic()
     with _stopping() as stop:
@@ -151,9 +152,21 @@ def _claim(folder: Path, options: TrainOptions, examples: int | None, key: str) 
 
 
 def _processes() -> int:
-    import torch.distributed as dist
+    """How many processes this run has, by what launched it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+def _claim_together(folder: Path, options: TrainOptions, examples: int | None, key: str, device: str) -> None:
+    """`_claim`, by the first of several processes; the others wait for it."""
+    if _processes() == 1:
+        _claim(folder, options, examples, key)
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    if state.is_main_process:
+        _claim(folder, options, examples, key)
+    state.wait_for_everyone()
 
 
 def _need_accelerate(options: TrainOptions) -> None:

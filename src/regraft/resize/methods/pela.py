@@ -12,10 +12,11 @@
 3. Fine-tune as usual: `regraft.load` gives the model, and any trainer, or peft, takes it from there.
 
 Left dense: embeddings, norms, heads, poolers, projections between towers, downsampling; that is what the published
-code leaves dense. Without labels the model's own loss is left out, and features alone are matched. `init: whitened` starts from factors that are best on the data, which the paper does not do.
+code leaves dense. Without labels the model's own loss is left out, and features alone are matched.
+`init: whitened` starts from factors that are best on the data, which the paper does not do.
 
-Departures from the published code: the teacher is in eval mode (the ALBEF script leaves its dropout on); one pass of the
-student serves all losses, with one draw of its dropout (the DeiT script runs it twice); padding is not matched.
+Departures from the published code: the teacher is in eval mode (the ALBEF script leaves its dropout on); one pass of
+the student serves all losses, with one draw of its dropout (the DeiT script runs it twice); padding is not matched.
 `perturbation_mode: hinge` is the constraint of the paper's text; `target`, the default, is what its code computes.
 """
 
@@ -122,9 +123,11 @@ def pela(work: Work[PelaOptions]) -> Made:
         student, Sum(batches.collate, active, teacher), data, chosen(o, TrainOptions),
         folder=work.folder, key=work.key, device=work.device, tell=work.tell,
     )  # fmt: skip
+    measured = cost.compared(original, student, batches.collate(groups[0], [0] * len(groups[0])))
     diagnostics: dict[str, Any] = {
+        **cost.summary(measured),
         "low_rank": made.to_dict(),
-        "cost": cost.compared(original, student, batches.collate(groups[0], [0] * len(groups[0]))),
+        "cost": measured,
         "training": {"steps": result.steps, "seconds": result.seconds, "history": result.history},
     }
     return Made(student.eval(), diagnostics, made.warnings)

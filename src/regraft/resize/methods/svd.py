@@ -63,5 +63,6 @@ def svd(work: Work[SvdOptions]) -> Made:
     )
     diagnostics: dict[str, Any] = {"low_rank": made.to_dict()}
     if batch is not None:
-        diagnostics["cost"] = cost.compared(original, model, batch)
+        measured = cost.compared(original, model, batch)
+        diagnostics |= cost.summary(measured) | {"cost": measured}
     return Made(model.eval(), diagnostics, made.warnings)
