@@ -95,7 +95,8 @@ def test_other_options_or_data_begin_anew(bert: Path, tmp_path: Path) -> None:
     _, result = run(tmp_path, bert, learning_rate=2e-3)
     assert result.resumed_from == 0
     _, result = run(tmp_path, bert, learning_rate=2e-3)
-    assert result.resumed_from == 6  # as the last checkpoint of a run that was finished
+    assert result.resumed_from == 7  # a run that was finished is not done again
+    assert len(result.history) == 7
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_loads(bert: Path, tmp_path: Path) -> None:

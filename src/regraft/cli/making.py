@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,7 +105,7 @@ def _make(
         body["data"] = str(data)
     text = yaml.safe_dump({"models": references, "steps": {"made": body}}, sort_keys=False, allow_unicode=True)
     document = parse_recipe(text, changes=[f"steps.made.{one}" for one in assignments])
-    chosen = dataclasses.replace(settings, device="cpu" if settings.device == "cpu" else "auto")
+    chosen = opt.on_this_machine(settings)
     terminal.interrupted = (
         f"nothing is in {out} yet; the same command goes on from its last checkpoint, if there is one"
     )

@@ -54,7 +54,7 @@ class Logits(Term):
     def __init__(self, kind: Kind = "kl", temperature: float = 1.0) -> None:
         self.kind, self.temperature = kind, temperature
 
-    def prepare(self, student: Any, teacher: Any | None) -> None:
+    def prepare(self, student: Any, teacher: Any) -> None:
         mine, theirs = (_classes(model) for model in (student, teacher))
         if mine != theirs:
             what = f"the student tells {mine} classes or tokens apart and the teacher {theirs}"

@@ -64,7 +64,8 @@ def _relation(x: Tensor, y: Tensor, heads: int, seen: Tensor) -> Tensor:
     one, other = (v.float().unflatten(-1, (heads, v.shape[-1] // heads)).transpose(1, 2) for v in (x, y))
     scores = one @ other.transpose(-1, -2) / math.sqrt(one.shape[-1])
     # A finite number instead of -inf: rows of padding see nothing, and would be NaN.
-    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).log_softmax(-1)
+    logs: Tensor = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).log_softmax(-1)
+    return logs
 
 
 class MiniLM(Term):

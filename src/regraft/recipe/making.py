@@ -22,6 +22,7 @@ from regraft.checkpoint.licences import LicenceVerdict, combine
 from regraft.checkpoint.lineage import InputRecord, Lineage, OptionGroup, Output
 from regraft.checkpoint.output import OutputFolder
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
+from regraft.checkpoint.writer import TensorSpec
 from regraft.errors import UserError
 from regraft.methods import Options, method
 from regraft.recipe.document import MakeStep, Recipe
@@ -72,10 +73,10 @@ class MakePlan:
         source = self.members["model"].checkpoint
         tensors: dict[str, Any] = {}
         config = dict(source.config)
-        if self.maker.same_tensors:
-            tensors = {name: PlannedTensor(_Spec(name, t.shape, t.dtype)) for name, t in source.tensors.items()}
+        if self.maker.same_tensors(self.options):
+            tensors = {name: PlannedTensor(TensorSpec(name, t.shape, t.dtype)) for name, t in source.tensors.items()}
         else:
-            config["regraft"] = {"surgeries": [{"kind": "planned"}]}
+            config["regraft"] = {"planned": self.step.verb}
         return PlannedCheckpoint(self.step.name, source.path, tensors, {}, config, dict(source.files), key=self.key)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,13 +91,6 @@ class MakePlan:
             "key": self.key,
             "warnings": self.warnings,
         }
-
-
-@dataclass(frozen=True)
-class _Spec:
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def plan_make(step: MakeStep, members: Mapping[str, Member], recipe: Recipe) -> MakePlan:

@@ -199,7 +199,11 @@ def size_run(jobs: list[Job], settings: Settings) -> tuple[int, int, int]:
 def _check_stock(member: Member, step: MergeStep) -> None:
     """Raise RG309 for a model whose modules are not those of its architecture: factors of two models do not align."""
     kept = member.checkpoint.config.get("regraft")
-    if isinstance(kept, Mapping) and kept.get("surgeries"):
+    if isinstance(kept, Mapping) and kept.get("planned") == "train":
+        what = f"{member.name} gets a new head, so that its tensors are not known before it is trained"
+        fix = "merge it by a recipe of its own, when it is there"
+        raise UserError("RG309", what, where=step.where, fix=fix)
+    if isinstance(kept, Mapping) and (kept.get("surgeries") or kept.get("planned")):
         what = f"{member.name} is a compressed model, and its factors cannot be merged with those of another"
         raise UserError("RG309", what, where=step.where, fix="merge first and compress then, or use: regraft export")
 

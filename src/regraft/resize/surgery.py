@@ -88,6 +88,37 @@ def load(
         UserError: RG101, RG102, RG105 for a folder that holds no usable model, RG202 for weights that do not fit.
     """
     folder = Path(folder)
+    model, missing = opened(folder, auto_class, labels=labels, seed=seed)
+    if allow_missing and missing:
+        roles = modules_of(model)
+        missing = [name for name in missing if roles.depth(name) is not None]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        what = f"the folder has no weights for {missing[0]}{more}"
+        raise UserError("RG202", what, where=str(folder), fix="load it as the kind of model that was saved")
+    return model.eval()
+
+
+def config_of(folder: Path) -> Any:
+    """The configuration of a model with surgeries, as that of its stock architecture that keeps the records.
+
+    Raises:
+        UserError: RG105 if it is malformed.
+    """
+    stored = read_json(folder / "config.json")
+    _, config = _class_and_config(stock_config(stored), "", folder)
+    setattr(config, KEY, {"surgeries": surgeries_of(stored)})
+    return config
+
+
+def opened(
+    folder: Path, auto_class: str = "", *, labels: Mapping[int, str] | None = None, seed: int = 0
+) -> tuple[Any, list[str]]:
+    """As `load`: the model, and the names of parameters that the folder has no weights for.
+
+    Raises:
+        UserError: as `load`, but for what is missing.
+    """
     if not folder.is_dir():
         raise UserError("RG101", "there is no model", where=str(folder), fix="give the folder of a saved model")
     stored = read_json(folder / "config.json")
@@ -101,14 +132,7 @@ def load(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, missing = (_with_surgeries if surgeries else _stock)(kind, config, surgeries, folder, _dtype(plain))
-    if allow_missing and missing:
-        roles = modules_of(model)
-        missing = [name for name in missing if roles.depth(name) is not None]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        what = f"the folder has no weights for {missing[0]}{more}"
-        raise UserError("RG202", what, where=str(folder), fix="load it as the kind of model that was saved")
-    return model.eval()
+    return model, missing
 
 
 def export(model: Any) -> Any:

@@ -40,7 +40,8 @@ class Factors:
 
 def spectrum(weight: Tensor, *, where: str = "") -> Tensor:
     """All singular values of a matrix, largest first. Raises RG206 if it holds values that are not finite."""
-    return torch.linalg.svdvals(_finite(weight, where))
+    values: Tensor = torch.linalg.svdvals(_finite(weight, where))
+    return values
 
 
 def truncated(weight: Tensor, rank: int, *, randomized: bool = False, seed: int = 0, where: str = "") -> Factors:

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from regraft.errors import UserError, nearest
 from regraft.inspect import images
+from regraft.inspect.answers import text_part
 from regraft.inspect.loading import Loaded, context_length, load_tokenizer
 from regraft.inspect.rows import Row
 from regraft.methods import Options
 from regraft.train.order import generator
 from regraft.train.tap import accepted
+from regraft.train.vocabulary import has_tokenizer
 
 IGNORED = -100
 
@@ -112,7 +114,10 @@ class _Texts:
     """Texts of examples as padded batches of tokens."""
 
     def __init__(self, loaded: Loaded, options: DataOptions) -> None:
-        self.tokenizer = load_tokenizer(loaded)
+        if not has_tokenizer(loaded.folder):
+            fix = "save the tokenizer beside the model"
+            raise UserError("RG602", "the model's folder has no tokenizer", where=str(loaded.folder), fix=fix)
+        self.tokenizer = load_tokenizer(text_part(loaded))
         self.tokenizer.padding_side = "right"
         self._options = options
         self._length = options.max_length or min(context_length(loaded, self.tokenizer), 512)
@@ -165,12 +170,17 @@ def _masked(texts: _Texts, probability: float) -> Callable[..., dict[str, Any]]:
 
     def collate(examples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
         batch = texts(examples, special=True)
-        free = ~batch.pop("special_tokens_mask").bool() & batch["attention_mask"].bool()
-        pairs = [
-            masked_tokens(ids, open_to, probability, tokenizer.mask_token_id, len(tokenizer), seed)
-            for ids, open_to, seed in zip(batch["input_ids"], free, seeds, strict=True)
-        ]
-        batch["input_ids"], batch["labels"] = (torch.stack(list(part)) for part in zip(*pairs, strict=True))
+        open_to = ~batch.pop("special_tokens_mask").bool()
+        lengths = batch["attention_mask"].sum(1).tolist()
+        batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+        for i, (length, seed) in enumerate(
+            zip(lengths, seeds, strict=True)
+        ):  # without padding, which depends on others
+            ids, labels = masked_tokens(
+                batch["input_ids"][i, :length], open_to[i, :length], probability, tokenizer.mask_token_id,
+                len(tokenizer), seed,
+            )  # fmt: skip
+            batch["input_ids"][i, :length], batch["labels"][i, :length] = ids, labels
         return batch
 
     return collate

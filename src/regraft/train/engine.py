@@ -60,6 +60,8 @@ class Engine(transformers.Trainer):
         self.objective, self.options, self.steps = objective, options, steps
         self.ema: dict[str, Tensor] | None = None
         self._data, self._begin = data, 0
+        self.optimizer: Any
+        self.lr_scheduler: Any
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
         arguments = transformers.TrainingArguments(
@@ -82,7 +84,7 @@ class Engine(transformers.Trainer):
             label_names=[],
             ignore_data_skip=True,
             disable_tqdm=True,
-            use_cpu=device == "cpu",
+            use_cpu=device == "cpu" or not _accelerated(),
         )
         super().__init__(
             model=model,
@@ -256,6 +258,12 @@ class _Steps(transformers.TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
         self._figures = {name: float(value) for name, value in (logs or {}).items() if not name.startswith("train_")}
+
+
+def _accelerated() -> bool:
+    """Whether torch has anything faster than the processor here."""
+    known = getattr(torch, "accelerator", None)
+    return bool(known.is_available()) if known is not None else torch.cuda.is_available()
 
 
 def checkpoints(folder: Path) -> Sequence[Path]:

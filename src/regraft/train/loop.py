@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +96,7 @@ def train(
     from regraft.train.engine import Engine, checkpoints
 
     folder = Path(folder)
-    examples = len(data) if hasattr(data, "__len__") else None
+    examples = len(data) if isinstance(data, Sized) else None
     if examples == 0:
         raise UserError("RG601", "the data is empty", fix="give data with at least one example")
     steps = steps_of(options, examples, _processes())
@@ -135,9 +135,9 @@ def clear(folder: Path) -> None:
 
 def _claim(folder: Path, options: TrainOptions, examples: int | None, key: str) -> None:
     """Make the folder this run's: checkpoints of another one in it are removed."""
-    asked = {"options": options.model_dump(mode="json"), "examples": examples, "key": key, "processes": _processes()}
-    for name in ("logging_steps", "save_steps", "save_total_limit", "tensorboard", "dataloader_num_workers"):
-        del asked["options"][name]  # type: ignore[attr-defined]
+    indifferent = {"logging_steps", "save_steps", "save_total_limit", "tensorboard", "dataloader_num_workers"}
+    chosen = options.model_dump(mode="json", exclude=indifferent)
+    asked = {"options": chosen, "examples": examples, "key": key, "processes": _processes()}
     digest = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
     path = folder / RUN_FILE
     try:
@@ -188,11 +188,11 @@ def _stopping() -> Iterator[list[int]]:
             signal.signal(which, handler)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, note)
+        for which in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(which) not in (signal.SIG_IGN, None):
+                before[which] = signal.signal(which, note)
     try:
         yield arrived
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for which, handler in before.items():
+            signal.signal(which, handler)

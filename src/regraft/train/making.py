@@ -25,6 +25,10 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 Tell = Callable[[int, int, Mapping[str, float]], None]
 
 
+def _untold(step: int, steps: int, figures: Mapping[str, float]) -> None:
+    """Nobody listens."""
+
+
 @dataclass(frozen=True)
 class Work(Generic[O]):
     """What a maker is given.
@@ -46,7 +50,7 @@ class Work(Generic[O]):
     folder: Path
     key: str = ""
     device: str = "auto"
-    tell: Tell = lambda step, steps, figures: None
+    tell: Tell = _untold
     message: Callable[[str], None] = lambda text: None
 
 
@@ -66,13 +70,13 @@ class Maker(Method, Generic[O]):
     Attributes:
         roles: the models that it takes besides "model", each with whether it is needed.
         data: "needed", "optional" or "none".
-        same_tensors: whether the result has the tensors of "model", by name and shape.
+        same_tensors: whether, with these options, the result has the tensors of "model", by name and shape.
     """
 
     run: Callable[[Work[O]], Made]
     roles: Mapping[str, bool] = field(default_factory=dict)
     data: str = "needed"
-    same_tensors: bool = True
+    same_tensors: Callable[[Any], bool] = lambda options: True
 
     def resolve(self, values: Mapping[str, Any], *, where: str = "") -> O:
         """Validated options.
@@ -117,9 +121,8 @@ class Maker(Method, Generic[O]):
         """
         models = {"model": Path(model)} | ({"teacher": Path(teacher)} if teacher is not None else {})
         self.check(models, Path(data) if data is not None else None)
-        more = {"tell": tell} if tell is not None else {}
         given = Path(data) if data is not None else None
-        return self.run(Work(models, self.resolve(options), given, Path(folder), device=device, **more))
+        return self.run(Work(models, self.resolve(options), given, Path(folder), device=device, tell=tell or _untold))
 
     def check(self, models: Mapping[str, Any], data: Any, *, where: str = "") -> None:
         """Raise RG304 or RG601 if a model or the data is missing, RG302 for one that has no place here."""
@@ -143,7 +146,7 @@ def maker(
     papers: tuple[Paper, ...] = (),
     roles: Mapping[str, bool] | None = None,
     data: str = "needed",
-    same_tensors: bool = True,
+    same_tensors: Callable[[Any], bool] = lambda options: True,
 ) -> Callable[[Callable[[Work[O]], Made]], Maker[O]]:
     """Register a maker under the function's name."""
 

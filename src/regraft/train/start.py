@@ -38,6 +38,11 @@ _HEADS = {
 }
 
 
+def keeps_head(options: HeadOptions) -> bool:
+    """Whether a method with these options leaves the tensors of its model as they are, by name and shape."""
+    return options.head == "own"
+
+
 @dataclass
 class Start:
     """A model, its data, and how the one is fed with the other."""

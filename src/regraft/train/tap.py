@@ -9,7 +9,7 @@ one pass, hold nothing afterwards, and see gradients.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -97,9 +97,13 @@ def unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-@lru_cache(maxsize=64)
-def accepted(kind: type) -> frozenset[str]:
+def accepted(kind: Any) -> frozenset[str]:
     """The names of the inputs that a class of models takes."""
+    return _inputs(kind)
+
+
+@lru_cache(maxsize=64)
+def _inputs(kind: Hashable) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
 
 

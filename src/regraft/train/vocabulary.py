@@ -11,6 +11,11 @@ from regraft.inspect.loading import quiet
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds the files of a tokenizer; transformers makes up an empty one where it does not."""
+    return any((folder / name).is_file() for name in _FILES)
+
+
 def same_tokens(student: Path, teacher: Path) -> None:
     """Raise RG204 if the tokenizers of two models' folders have different vocabularies; models without one pass."""
     own, other = (_vocabulary(folder) for folder in (student, teacher))
@@ -24,7 +29,7 @@ def same_tokens(student: Path, teacher: Path) -> None:
 def _vocabulary(folder: Path) -> dict[str, int] | None:
     import transformers
 
-    if not any((folder / name).is_file() for name in _FILES):
+    if not has_tokenizer(folder):
         return None
     try:
         with quiet():

@@ -82,7 +82,7 @@ class PelaOptions(LowRankOptions, DataOptions, TrainOptions):
             number=1,
         ),
     ),
-    same_tensors=False,
+    same_tensors=lambda options: False,
 )
 def pela(work: Work[PelaOptions]) -> Made:
     """Raises RG309 if a weight asks for a loss that model and data do not have."""

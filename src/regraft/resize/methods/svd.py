@@ -36,7 +36,7 @@ class SvdOptions(LowRankOptions, DataOptions):
 
 @maker(
     room="compress", summary="low-rank layers by singular value decomposition, without training", options=SvdOptions,
-    data="optional", same_tensors=False,
+    data="optional", same_tensors=lambda options: False,
 )  # fmt: skip
 def svd(work: Work[SvdOptions]) -> Made:
     """Raises RG601 if whitening has no data."""

@@ -1,0 +1,136 @@
+"""fine_tune, distil and minilm: what they learn, on real models, in a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import regraft
+from regraft.cli.main import app
+from regraft.errors import UserError
+from regraft.train.batches import batches_for
+from regraft.train.methods.distil import distil
+from regraft.train.methods.fine_tune import fine_tune
+from regraft.train.methods.minilm import minilm
+from tiny import output_of, pictures, save_tiny, texts, write_rows
+
+FAST: dict[str, Any] = {"device": "cpu", "per_device_train_batch_size": 8, "logging_steps": 1}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "data.jsonl", texts())
+
+
+def test_fine_tune_learns(data: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "gpt2", "gpt2")
+    made = fine_tune(folder, data=data, folder=tmp_path / "a", max_steps=20, learning_rate=5e-3, **FAST)
+    history = made.diagnostics["training"]["history"]
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    batch = batches_for(made.model, folder, texts()[0]).collate(texts(), [0] * 24)
+    before, after = (float(m.eval()(**batch).loss) for m in (regraft.load(folder), made.model))
+    assert after < before
+
+
+def test_fine_tune_with_a_new_head(data: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "bert", "bert")
+    options: dict[str, Any] = {"head": "sequence_classification", "labels": ("even", "odd"), "max_steps": 2} | FAST
+    made = fine_tune(folder, data=data, folder=tmp_path / "a", **options)
+    assert type(made.model).__name__ == "BertForSequenceClassification"
+    assert made.model.config.id2label == {0: "even", 1: "odd"}
+    with pytest.raises(UserError, match="needs the names of its classes"):
+        fine_tune(folder, data=data, folder=tmp_path / "b", head="sequence_classification", max_steps=1)
+    with pytest.raises(UserError, match="labels are for a new head"):
+        fine_tune(folder, data=data, folder=tmp_path / "c", labels=("a", "b"), max_steps=1)
+    blank = write_rows(tmp_path / "blank.jsonl", [{"text": "w1"}])
+    with pytest.raises(UserError, match="has no loss of its own"):
+        fine_tune(folder, data=blank, folder=tmp_path / "d", **options)
+
+
+def test_distil_makes_the_student_agree(tmp_path: Path) -> None:
+    teacher, student = save_tiny(tmp_path / "t", "vit"), save_tiny(tmp_path / "s", "vit", seed=1)
+    data = write_rows(tmp_path / "data.jsonl", [{"pixel_values": r["pixel_values"]} for r in pictures(32)])
+    made = distil(
+        student, teacher=teacher, data=data, folder=tmp_path / "a", max_steps=40, learning_rate=5e-3,
+        logit_loss="sym_kl", temperature=2.0, feature_weight=0.1, **FAST,
+    )  # fmt: skip
+    history = made.diagnostics["training"]["history"]
+    assert {"logits", "features"} <= history[0].keys()
+    assert history[-1]["logits"] < 0.3 * history[0]["logits"]
+    target = output_of(regraft.load(teacher), "vit").softmax(-1)
+    before, after = (
+        float((output_of(m, "vit").softmax(-1) - target).abs().sum()) for m in (regraft.load(student), made.model)
+    )
+    assert after < 0.5 * before
+    with pytest.raises(UserError, match="there are no labels"):
+        distil(student, teacher=teacher, data=data, folder=tmp_path / "b", task_weight=1.0)
+    with pytest.raises(UserError, match="all weights of the loss are 0"):
+        distil(student, teacher=teacher, data=data, folder=tmp_path / "c", logit_weight=0.0)
+
+
+def test_minilm_teaches_a_smaller_student(data: Path, tmp_path: Path) -> None:
+    teacher = save_tiny(tmp_path / "t", "bert", num_hidden_layers=4, hidden_size=48, intermediate_size=96)
+    student = save_tiny(tmp_path / "s", "bert", seed=1)
+    for relation in ("v1", "v2"):
+        made = minilm(
+            student, teacher=teacher, data=data, folder=tmp_path / relation, max_steps=30, learning_rate=3e-3,
+            relation=relation, **FAST,
+        )  # fmt: skip
+        history = made.diagnostics["training"]["history"]
+        assert history[-1]["relations"] < 0.7 * history[0]["relations"]
+        assert any("fine-tune the student" in warning for warning in made.warnings)
+        head = "cls.predictions.transform.dense.weight"
+        assert torch.equal(made.model.state_dict()[head], regraft.load(student).state_dict()[head])
+
+
+def test_makers_say_what_they_need(data: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "bert", "bert")
+    for call, words in (
+        (lambda: minilm(folder, data=data, folder=tmp_path / "a"), "minilm needs a teacher"),
+        (lambda: fine_tune(folder, folder=tmp_path / "a"), "fine_tune needs data"),
+        (lambda: fine_tune(folder, teacher=folder, data=data, folder=tmp_path / "a"), "fine_tune takes no teacher"),
+        (lambda: fine_tune(folder, data=data, folder=tmp_path / "a", epochs=1), "no option 'epochs'.*num_train_epochs"),
+        (lambda: fine_tune(folder, data=data, folder=tmp_path / "a", max_steps=0), "max_steps is 0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+
+
+RECIPE = """
+models: {teacher: ./teacher, student: ./student}
+steps:
+  taught: {train: minilm, model: student, teacher: teacher, data: data.jsonl, max_steps: 2}
+  tuned: {train: fine_tune, model: taught, data: data.jsonl, max_steps: 2}
+  again: {merge: linear, models: [taught, tuned]}
+"""
+
+
+def test_in_a_recipe_and_as_a_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(Path("teacher"), "bert")
+    save_tiny(Path("student"), "bert", seed=1)
+    Path("recipe.yaml").write_text(RECIPE)
+    result = CliRunner().invoke(app, ["plan", "recipe.yaml"])
+    assert result.exit_code == 0, result.stderr
+    assert "taught: minilm" in result.stdout
+    result = CliRunner().invoke(app, ["run", "recipe.yaml", "-o", "out"])
+    assert result.exit_code == 0, result.stderr
+    lineage = json.loads(Path("out/taught/regraft.json").read_text())
+    assert [i["role"] for i in lineage["inputs"]] == ["model", "teacher"]
+    assert lineage["kind"] == "train"
+    merged, *parts = (regraft.load(Path("out") / name).state_dict() for name in ("again", "taught", "tuned"))
+    name = "bert.encoder.layer.1.output.dense.weight"
+    assert torch.allclose(merged[name], (parts[0][name] + parts[1][name]) / 2, atol=1e-7)
+    assert "minilm" in Path("out/report.html").read_text()
+    line = ["train", "minilm", "student", "new", "--teacher", "teacher", "--data", "data.jsonl", "--set", "max_steps=1"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.stderr
+    assert "1 steps" in result.stdout
+    result = CliRunner().invoke(app, ["merge", "recipe.yaml", "other"])
+    assert result.exit_code == 2
+    assert "merge only merges" in result.stderr
