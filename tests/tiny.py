@@ -11,16 +11,29 @@ import transformers as hf
 
 from farm_tools import write_tokenizer
 from models import VOCAB, save_model
+from regraft.axes.modules import modules_of
+from regraft.resize.surgery import load
 
 WORDS = [f"w{i}" for i in range(40)]
 
 
-def save_tiny(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
-    """A model of `models.py` with what it needs beside it to read texts; without dropout."""
+def save_tiny(folder: Path, family: str, seed: int = 0, scale: float = 1.0, **changes: Any) -> Path:
+    """A model of `models.py` with what it needs beside it to read texts; without dropout.
+
+    `scale` multiplies the matrices of linear layers: as they are initialised, they hardly change what passes by them.
+    """
     calm = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
     calm["roberta"] = calm["bert"]
     calm["gpt2"] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     save_model(folder, family, seed, **calm.get(family, {}) | changes)
+    if scale != 1.0:
+        whole = load(folder)
+        roles = modules_of(whole)
+        with torch.no_grad():
+            for name in (*roles.find("attention"), *roles.find("ffn")):
+                if isinstance(weight := getattr(whole.get_submodule(name), "weight", None), torch.Tensor):
+                    weight *= scale
+        whole.save_pretrained(folder)
     if family != "vit":
         add_tokenizer(folder)
     return folder

@@ -1,13 +1,13 @@
-"""regraft: reuse pre-trained models. `regraft.load` and `regraft.export` open and fold back what it compressed."""
+"""regraft: reuse pre-trained models. `load`, `save` and `export` are for what it compressed."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regraft.resize.surgery import export, load
+    from regraft.resize.surgery import export, load, save
 
-__all__ = ["export", "load"]
+__all__ = ["export", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:

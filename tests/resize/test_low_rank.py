@@ -168,6 +168,18 @@ def test_a_new_head_on_a_low_rank_body(tmp_path: Path) -> None:
     assert torch.equal(other.classifier.weight, again.classifier.weight)
 
 
+def test_peft_takes_it_from_there(tmp_path: Path) -> None:
+    import peft
+
+    whole = model("bert")
+    factorise(whole)
+    save(whole, tmp_path)
+    expected = output_of(whole, "bert")
+    adapted = peft.get_peft_model(regraft.load(tmp_path), peft.LoraConfig(r=2, target_modules=["up"]))
+    assert torch.allclose(output_of(adapted, "bert"), expected)
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 12
+
+
 def test_moments_leave_padding_out() -> None:
     whole = model("bert")
     name = "bert.encoder.layer.0.intermediate.dense"

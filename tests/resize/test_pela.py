@@ -41,7 +41,7 @@ def distance(student: Any, teacher: Path, rows: list[dict[str, Any]]) -> float:
 
 @pytest.mark.parametrize("family", KINDS)
 def test_pela_comes_nearer_to_the_original_than_its_factors(family: str, tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "model", family)
+    folder = save_tiny(tmp_path / "model", family, scale=8)
     rows = rows_for(family, 40)
     data = write_rows(tmp_path / "data.jsonl", rows[:32])
     options: dict[str, Any] = {"ratio": 2, "rank": None}
@@ -49,7 +49,7 @@ def test_pela_comes_nearer_to_the_original_than_its_factors(family: str, tmp_pat
     seen: list[tuple[int, Mapping[str, float]]] = []
     made = pela(
         folder, data=data, folder=tmp_path / "b", device="cpu", max_steps=25, learning_rate=2e-3,
-        perturbation_weight=0.1, logging_steps=5, per_device_train_batch_size=16,
+        task_weight=0.01, perturbation_weight=0.01, logging_steps=5, per_device_train_batch_size=16,
         tell=lambda step, steps, figures: seen.append((step, figures)), **options,
     )  # fmt: skip
     before, after = (distance(m, folder, rows[32:]) for m in (plain, made.model))
@@ -95,7 +95,7 @@ def test_a_cached_teacher_teaches_the_same(tmp_path: Path) -> None:
 
 
 def test_whitened_factors_start_nearer(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "model", "bert")
+    folder = save_tiny(tmp_path / "model", "bert", scale=8)
     rows = texts(40)
     data = write_rows(tmp_path / "data.jsonl", rows)
     plain, white = (svd(folder, data=data, folder=tmp_path / "a", init=init).model for init in ("svd", "whitened"))
@@ -152,6 +152,8 @@ def test_as_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0, result.stderr
     assert "parameters" in result.stdout
     assert "operations" in result.stdout
+    result = CliRunner().invoke(app, ["inspect", "small"])
+    assert result.exit_code == 0, result.stderr
     result = CliRunner().invoke(app, ["export", "small", "dense"])
     assert result.exit_code == 0, result.stderr
     dense = hf.AutoModelForMaskedLM.from_pretrained("dense")

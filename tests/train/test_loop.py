@@ -76,6 +76,12 @@ def test_a_killed_run_ends_as_one_that_was_not(changes: dict[str, Any], bert: Pa
     assert len(result.history) == 7
 
 
+def test_processes_that_prepare_examples_change_nothing(bert: Path, tmp_path: Path) -> None:
+    one, _ = run(tmp_path / "a", bert, max_steps=3)
+    two, _ = run(tmp_path / "b", bert, max_steps=3, dataloader_num_workers=2)
+    assert same(one, two)
+
+
 def test_a_stream_goes_on_where_it_was(bert: Path, tmp_path: Path) -> None:
     class Rows:
         def __iter__(self) -> Any:
@@ -268,6 +274,8 @@ def test_what_a_run_refuses(bert: Path, tmp_path: Path) -> None:
     options = TrainOptions(drop_last=True)
     with pytest.raises(UserError, match="3 examples do not fill a batch of 8"):
         train(model("bert"), Constant(1.0), [{"n": 0}] * 3, options, folder=tmp_path / "c", device="cpu")
+    with pytest.raises(UserError, match="a Linear is no model of transformers"):
+        train(torch.nn.Linear(2, 2), Constant(1.0), [{"n": 0}], folder=tmp_path / "d", device="cpu")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="the folder for checkpoints cannot be used"):
         train(model("bert"), Constant(1.0), [{"n": 0}], folder=tmp_path / "file", device="cpu")

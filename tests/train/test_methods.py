@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import regraft
 from regraft.cli.main import app
 from regraft.errors import UserError
+from regraft.recipe import parse_recipe
+from regraft.recipe.plan import make_plan
+from regraft.recipe.progress import Silent
+from regraft.recipe.run import run
+from regraft.recipe.schema import schema
 from regraft.train.batches import batches_for
 from regraft.train.methods.distil import distil
 from regraft.train.methods.fine_tune import fine_tune
@@ -108,6 +117,57 @@ steps:
   tuned: {train: fine_tune, model: taught, data: data.jsonl, max_steps: 2}
   again: {merge: linear, models: [taught, tuned]}
 """
+
+
+class Impatient(Silent):
+    """Presses Ctrl-C after the second step."""
+
+    def advance(self, done: int, total: int) -> None:
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_recipe_that_was_stopped_goes_on(data: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "student", "bert", hidden_dropout_prob=0.1)
+    text = "models: {s: ./student}\nsteps: {a: {train: fine_tune, model: s, data: data.jsonl, max_steps: 4}}\n"
+    recipe = parse_recipe(text, path=tmp_path / "recipe.yaml")
+    with pytest.raises(KeyboardInterrupt, match="step 2 of 4 is kept"):
+        run(recipe, tmp_path / "out", progress=Impatient())
+    assert not (tmp_path / "out" / "a").exists()
+    assert list((tmp_path / "out" / "artefacts").glob("*.work/checkpoint-2"))
+    run(recipe, tmp_path / "out")
+    run(recipe, tmp_path / "other")
+    one, two = (regraft.load(tmp_path / out / "a").state_dict() for out in ("out", "other"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not list((tmp_path / "out" / "artefacts").glob("*.work"))
+
+
+def test_the_schema_knows_the_steps() -> None:
+    check = jsonschema.Draft202012Validator(schema())
+    check.validate(yaml.safe_load(RECIPE))
+    step = {"compress": "pela", "model": "base", "data": "d.jsonl", "ratio": 2, "include": ["ffn"], "svd": "exact"}
+    check.validate({"models": {"base": "./b"}, "steps": {"a": step}})
+    for change in ({"ratio": 0.5}, {"teacher": "base"}, {"svd": "quick"}, {"data": None}, {"model": 3}):
+        with pytest.raises(jsonschema.ValidationError):
+            check.validate({"models": {"base": "./b"}, "steps": {"a": step | change}})
+
+
+def test_recipes_that_are_wrong_are_refused_at_their_line(tmp_path: Path) -> None:
+    for step, words in (
+        ("{compress: pela, model: base}", "line 1, step a.*add data"),
+        ("{compress: pela, data: d.jsonl}", "compress: pela needs a model"),
+        ("{train: minilm, model: base, data: d.jsonl}", "train: minilm needs a teacher"),
+        ("{compress: pela, model: base, data: d.jsonl, ration: 2}", "no key 'ration'.*did you mean 'ratio'"),
+        ("{compress: pela, model: base, data: d.jsonl, ratio: 0.5}", "ratio is 0.5: input should be greater than 1"),
+        ("{compress: pela, model: base, data: d.jsonl, include: [atention]}", "did you mean 'attention'"),
+        ("{compress: pela, model: nobody, data: d.jsonl}", "nothing is called 'nobody'"),
+        ("{compress: pela, model: base, data: nothing.jsonl}", "no data at 'nothing.jsonl'"),
+    ):
+        save = tmp_path / "b"
+        if not save.exists():
+            save_tiny(save, "bert")
+        with pytest.raises(UserError, match=words):
+            make_plan(parse_recipe(f"{{models: {{base: ./b}}, steps: {{a: {step}}}}}", path=tmp_path / "recipe.yaml"))
 
 
 def test_in_a_recipe_and_as_a_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,8 +66,9 @@ class MakePlan:
 
     @property
     def bytes_out(self) -> int:
-        """At most: a model of the same size, and one checkpoint with two moments of every weight while it trains."""
-        return self.members["model"].checkpoint.bytes * 5
+        """At most: a model of the same size, and two checkpoints with two moments of every weight while it trains."""
+        trains = "max_steps" in type(self.options).model_fields
+        return self.members["model"].checkpoint.bytes * (7 if trains else 1)
 
     def as_checkpoint(self) -> PlannedCheckpoint:
         """The output as later steps may plan with it; its tensors are known only if they are those of the model."""
@@ -99,6 +101,10 @@ def plan_make(step: MakeStep, members: Mapping[str, Member], recipe: Recipe) -> 
     Raises:
         UserError: RG304 and RG601 for what is missing, RG303 for options, RG602 for a model that has no folder.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        what = "a recipe was launched in several processes, and its steps are made by one"
+        fix = "train from Python, by regraft.train.loop.train, which several processes may call"
+        raise UserError("RG309", what, where=step.where, fix=fix)
     maker = method(step.verb, step.method, where=step.where)
     options = maker.resolve(step.options, where=step.where)
     data = None
@@ -165,7 +171,12 @@ def make(plan: MakePlan, out: Path, recipe: Recipe, settings: Settings, progress
             device="cpu" if settings.device == "cpu" else "auto", tell=tell,
             message=lambda text: progress.message(f"{plan.step.name}: {text}"),
         )  # fmt: skip
-        made = plan.maker.run(work)
+        try:
+            made = plan.maker.run(work)
+        except BaseException:
+            if work_folder.exists() and not list(work_folder.glob("checkpoint-*")):
+                shutil.rmtree(work_folder)  # nothing to go on from
+            raise
         dtype = next(made.model.parameters()).dtype
         copy_sidecars(folder.staging, config_from=source, tokenizer_from=source, config_changes={}, dtype=dtype)
         copy_licences(folder.staging, [m.checkpoint for m in plan.parents])

@@ -111,6 +111,8 @@ class Engine(transformers.Trainer):
         shared: dict[str, Any] = {
             "collate_fn": self.data_collator,
             "num_workers": o.dataloader_num_workers,
+            # What makes batches is made while the program runs: a process that begins anew would not have it.
+            "multiprocessing_context": "fork" if o.dataloader_num_workers else None,
             "pin_memory": self.args.device.type == "cuda",
         }
         if hasattr(self._data, "__len__"):

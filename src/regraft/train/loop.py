@@ -93,6 +93,7 @@ def train(
     """
     options = options or TrainOptions()
     _need_accelerate(options)
+    _check_model(model)
     from regraft.train.engine import Engine, checkpoints
 
     folder = Path(folder)
@@ -124,6 +125,15 @@ def train(
     model.eval()
     history = [{k: float(v) for k, v in entry.items()} for entry in engine.state.log_history if "loss" in entry]
     return TrainResult(done, history, time.monotonic() - begun, resumed)
+
+
+def _check_model(model: Any) -> None:
+    import transformers
+
+    if not isinstance(model, transformers.PreTrainedModel):
+        what = f"a {type(model).__name__} is no model of transformers"
+        fix = "give the model itself; one with a PEFT adapter is trained by PEFT's own means, or merged first"
+        raise UserError("RG309", what, fix=fix)
 
 
 def clear(folder: Path) -> None:
@@ -180,7 +190,7 @@ def _need_accelerate(options: TrainOptions) -> None:
 def _stopping() -> Iterator[list[int]]:
     """Within the context the first Ctrl-C (or SIGTERM) is noted, and the second one is handled as before."""
     arrived: list[int] = []
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
