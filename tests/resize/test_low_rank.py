@@ -218,6 +218,12 @@ def test_what_cannot_be_factorised_is_named(tmp_path: Path) -> None:
     path.write_text(text.replace('"kind": "low_rank"', '"kind": "sparse"'))
     with pytest.raises(UserError, match="a surgery of kind 'sparse'"):
         regraft.load(tmp_path)
+    path.write_text(text.replace('"bert.encoder.layer.0.output.dense": 10', '"bert.encoder.layer.0.output.dense": 999'))
+    with pytest.raises(UserError, match=r"names bert.encoder.layer.0.output.dense with rank 999"):
+        regraft.load(tmp_path)
+    path.write_text(text.replace('"surgeries": [', '"surgeries": [7, '))
+    with pytest.raises(UserError, match="is malformed"):
+        regraft.load(tmp_path)
     path.write_text(text.replace("bert.encoder.layer.0.output.dense", "bert.encoder.layer.7.output.dense"))
     with pytest.raises(UserError, match=r"the surgery names bert.encoder.layer.7.output.dense"):
         regraft.load(tmp_path)

@@ -95,7 +95,7 @@ class MakePlan:
         }
 
 
-def plan_make(step: MakeStep, members: Mapping[str, Member], recipe: Recipe) -> MakePlan:
+def plan_make(step: MakeStep, members: Mapping[str, Member], recipe: Recipe, settings: Settings) -> MakePlan:
     """Check a step against its models and data.
 
     Raises:
@@ -106,7 +106,10 @@ def plan_make(step: MakeStep, members: Mapping[str, Member], recipe: Recipe) -> 
         fix = "train from Python, by regraft.train.loop.train, which several processes may call"
         raise UserError("RG309", what, where=step.where, fix=fix)
     maker = method(step.verb, step.method, where=step.where)
-    options = maker.resolve(step.options, where=step.where)
+    chosen = dict(step.options)
+    if settings.seed is not None and "seed" in maker.options.model_fields:
+        chosen["seed"] = settings.seed
+    options = maker.resolve(chosen, where=step.where)
     data = None
     if step.data:
         folder = recipe.path.parent if recipe.path else Path()

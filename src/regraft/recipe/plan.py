@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe, settings: Settings | None = None, *, out: Path | N
             steps.append(_plan_evaluation(step, recipe, members, adapters))
             continue
         if isinstance(step, MakeStep):
-            made = plan_make(step, members.of(step), recipe)
+            made = plan_make(step, members.of(step), recipe, settings)
             check_licences(made, settings)
             members.planned[step.name] = Member(step.name, made.as_checkpoint())
             steps.append(made)

@@ -214,7 +214,7 @@ def _artefact(
     """The folder of a step's result, and that result as a model."""
     plan: MergePlan | MakePlan
     if isinstance(step, MakeStep):
-        plan = plan_make(step, members.of(step), recipe)
+        plan = plan_make(step, members.of(step), recipe, settings)
     else:
         plan = plan_merge(step, members.of(step), settings)
     folder = store.folder(step.name, plan.key)

@@ -23,16 +23,23 @@ from regraft.checkpoint.model_class import REFUSALS, bounded, model_class
 from regraft.checkpoint.weights import folder_weights
 from regraft.errors import UserError
 from regraft.inspect.loading import quiet
-from regraft.resize.low_rank import LowRankLinear, folded, low_rank_like, replace
+from regraft.resize.low_rank import LowRankLinear, folded, is_linear, low_rank_like, replace, weight_of
 
 KEY = "regraft"
 MODEL_TYPE = "regraft"
 
 
 def surgeries_of(config: Any) -> list[dict[str, Any]]:
-    """The records in a configuration (of transformers, or the contents of config.json); none for a stock model."""
+    """The records in a configuration (of transformers, or the contents of config.json); none for a stock model.
+
+    Raises:
+        UserError: RG105 if they are malformed.
+    """
     kept = config.get(KEY) if isinstance(config, Mapping) else getattr(config, KEY, None)
     found = kept.get("surgeries", []) if isinstance(kept, Mapping) else []
+    if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+        what = "the record of what was done to the model's modules is malformed"
+        raise UserError("RG105", what, where="config.json", fix="the file was edited; make the model again")
     return [dict(one) for one in found]
 
 
@@ -186,9 +193,10 @@ def _replay(model: Any, surgery: Mapping[str, Any], folder: Path) -> None:
     done = {}
     for name, rank in surgery["modules"].items():
         own = next((n for n in _spellings(model, name) if n in there), "")
-        if not own or not isinstance(rank, int) or rank < 1:
-            if not own and _is_head(model, name):
-                continue  # the head was exchanged for another one
+        if not own and _is_head(model, name):
+            continue  # the head was exchanged for another one
+        linear = bool(own) and is_linear(there[own])
+        if not linear or not isinstance(rank, int) or not 1 <= rank <= min(weight_of(there[own]).shape):
             what = f"the surgery names {name} with rank {rank!r}, which the architecture has no place for"
             raise UserError("RG105", what, where=str(folder / "config.json"), fix="the file was edited; make it again")
         replace(model, own, low_rank_like(there[own], rank))
