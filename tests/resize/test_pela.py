@@ -165,7 +165,7 @@ def test_as_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("compress pla model other --data data.jsonl", 2, "did you mean 'pela'"),
         ("compress pela model other --data data.jsonl --set ration=2", 2, "did you mean 'ratio'"),
         ("compress pela model other --data data.jsonl --set ratio=0.5", 2, "greater than 1"),
-        ("compress pela model model --data data.jsonl", 2, "not empty"),
+        ("compress pela model model --data data.jsonl", 2, "is the folder of model"),
         ("compress pela small other --data data.jsonl", 2, "low-rank already"),
         ("train distil model other --data data.jsonl", 2, "needs a teacher"),
     ):

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "vit", "vit")
-    data = write_rows(tmp_path / "data.jsonl", pictures(20))
+    data = write_rows(tmp_path / "data.jsonl", pictures(24))
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     main(folder, data, tmp_path / "one", 6)
