@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import signal
@@ -80,6 +81,48 @@ def test_processes_that_prepare_examples_change_nothing(bert: Path, tmp_path: Pa
     one, _ = run(tmp_path / "a", bert, max_steps=3)
     two, _ = run(tmp_path / "b", bert, max_steps=3, dataloader_num_workers=2)
     assert same(one, two)
+
+
+def test_activations_computed_again_change_nothing(bert: Path, tmp_path: Path) -> None:
+    calm = save_tiny(tmp_path / "calm", "bert")
+    one, _ = run(tmp_path / "a", calm, max_steps=2)
+    two, _ = run(tmp_path / "b", calm, max_steps=2, gradient_checkpointing=True)
+    for name, value in one.state_dict().items():
+        assert torch.allclose(value, two.state_dict()[name], atol=1e-6), name
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in two.modules())
+
+
+def test_bfloat16_computes_and_leaves_float32(bert: Path, tmp_path: Path) -> None:
+    seen: list[torch.dtype] = []
+    whole = regraft.load(bert)
+    whole.bert.encoder.layer[0].output.dense.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    collate = batches_for(whole, bert, texts()[0]).collate
+    options = TrainOptions(max_steps=1, bf16=True, per_device_train_batch_size=4)
+    result = train(whole, Sum(collate, [(1.0, OwnLoss())]), texts(), options, folder=tmp_path, device="cpu")
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in whole.parameters()} == {torch.float32}
+    assert math.isfinite(result.history[0]["loss"])
+
+
+def test_datasets_objects_are_data(bert: Path, tmp_path: Path) -> None:
+    import datasets
+
+    one, _ = run(tmp_path / "a", bert, max_steps=2)
+    two, _ = run(tmp_path / "b", bert, max_steps=2, data=datasets.Dataset.from_list(texts()))
+    assert same(one, two)
+
+
+@pytest.mark.parametrize(
+    ("package", "fix"), [("accelerate", r"regraft\[train\]"), ("tensorboard", "pip install tensorb")]
+)
+def test_packages_that_are_missing_are_named(
+    package: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
+    options = TrainOptions(max_steps=1, tensorboard=package == "tensorboard")
+    with pytest.raises(UserError, match=fix):
+        train(model("bert"), Constant(1.0), [{"n": 0}], options, folder=tmp_path, device="cpu")
 
 
 def test_a_stream_goes_on_where_it_was(bert: Path, tmp_path: Path) -> None:

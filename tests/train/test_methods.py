@@ -97,6 +97,17 @@ def test_minilm_teaches_a_smaller_student(data: Path, tmp_path: Path) -> None:
         assert torch.equal(made.model.state_dict()[head], regraft.load(student).state_dict()[head])
 
 
+def test_a_student_made_of_the_teacher(data: Path, tmp_path: Path) -> None:
+    teacher = save_tiny(tmp_path / "t", "bert", num_hidden_layers=4)
+    made = minilm(
+        teacher, teacher=teacher, data=data, folder=tmp_path / "a", max_steps=2, init="random", num_layers=2,
+        hidden_size=16, num_attention_heads=4, relation="v1", **FAST,
+    )  # fmt: skip
+    config = made.model.config
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (2, 16, 32)
+    assert made.diagnostics["training"]["history"][0]["relations"] > 0
+
+
 def test_makers_say_what_they_need(data: Path, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "bert", "bert")
     for call, words in (

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models import model
+from regraft.axes.modules import modules_of
 from regraft.errors import UserError
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.tap import Signal, every_block, look
@@ -16,6 +17,19 @@ from regraft.train.teacher import Teacher
 IDS = torch.arange(12).reshape(3, 4) + 5
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
 BATCH = {"input_ids": IDS.masked_fill(MASK == 0, 0), "attention_mask": MASK, "labels": IDS}
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "clip", "gpt2"])
+def test_what_comes_into_a_block_is_what_left_the_one_before(family: str) -> None:
+    whole = model(family)
+    stacks = modules_of(whole).blocks
+    signals = [Signal(kind, s, b) for s in stacks for kind, b in (("block", 0), ("block_input", 1), ("block_input", 0))]
+    batch = {"input_ids": IDS, "decoder_input_ids": IDS, "pixel_values": torch.rand(3, 3, 8, 8)}
+    seen = look(whole, batch, signals)
+    for stack in stacks:
+        assert torch.equal(seen[Signal("block", stack, 0)], seen[Signal("block_input", stack, 1)])
+        assert not torch.equal(seen[Signal("block", stack, 0)], seen[Signal("block_input", stack, 0)])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in whole.modules())
 
 
 def test_a_teacher_has_no_dropout_no_gradient_and_sees_no_labels() -> None:

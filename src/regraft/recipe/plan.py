@@ -200,7 +200,7 @@ def _check_stock(member: Member, step: MergeStep) -> None:
     """Raise RG309 for a model whose modules are not those of its architecture: factors of two models do not align."""
     kept = member.checkpoint.config.get("regraft")
     if isinstance(kept, Mapping) and kept.get("planned") == "train":
-        what = f"{member.name} gets a new head, so that its tensors are not known before it is trained"
+        what = f"{member.name} gets a new head or size, so that its tensors are not known before it is trained"
         fix = "merge it by a recipe of its own, when it is there"
         raise UserError("RG309", what, where=step.where, fix=fix)
     if isinstance(kept, Mapping) and (kept.get("surgeries") or kept.get("planned")):

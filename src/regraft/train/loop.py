@@ -103,7 +103,7 @@ def train(
     steps = steps_of(options, examples, _processes())
     objective.prepare(model)
     if options.gradient_checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        _keep_activations(model, False)
     _claim_together(folder, options, examples, key, device)
     use_cache = getattr(model.config, "use_cache", None)
     begun = time.monotonic()
@@ -118,6 +118,8 @@ def train(
     done = engine.state.global_step
     if use_cache is not None:
         model.config.use_cache = use_cache
+    if options.gradient_checkpointing:
+        _keep_activations(model, True)
     if done < steps:
         kept = f"step {done:,} of {steps:,} is kept in {folder}, and the same run goes on from there"
         raise KeyboardInterrupt(kept)
@@ -125,6 +127,15 @@ def train(
     model.eval()
     history = [{k: float(v) for k, v in entry.items()} for entry in engine.state.log_history if "loss" in entry]
     return TrainResult(done, history, time.monotonic() - begun, resumed)
+
+
+def _keep_activations(model: Any, keep: bool) -> None:
+    """Have a model keep its activations for the way back, or compute them again; transformers 5 renamed the switch."""
+    switch = "disable" if keep else "enable"
+    for name in (f"activation_checkpointing_{switch}", f"gradient_checkpointing_{switch}"):
+        if hasattr(model, name):
+            getattr(model, name)()
+            return
 
 
 def _check_model(model: Any) -> None:

@@ -1,8 +1,8 @@
 """Which example comes when: a function of (seed, epoch) alone, so that any point of a run can be entered directly.
 
 All epochs of a run are one sequence of batches. Processes take its batches in turn, each its own, so that two processes
-see what one process with twice the batch would see, where batches fill the epoch; a run that goes on begins in the midst of it and reads nothing of
-what lies before (a stream has to be read over, and is).
+see what one process with twice the batch would see, where batches fill the epoch; a run that goes on begins in the
+midst of it and reads nothing of what lies before (a stream has to be read over, and is).
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ from regraft.train.loop import train
 from regraft.train.making import Made, Work, chosen
 from regraft.train.objective import Objective
 from regraft.train.options import TrainOptions
+from regraft.train.student import SizeOptions, student_of
 
 
-class FitOptions(DataOptions, TrainOptions):
+class FitOptions(SizeOptions, DataOptions, TrainOptions):
     """Options that all methods of `train` share."""
 
 
@@ -38,9 +39,9 @@ _HEADS = {
 }
 
 
-def keeps_head(options: HeadOptions) -> bool:
+def keeps_tensors(options: FitOptions) -> bool:
     """Whether a method with these options leaves the tensors of its model as they are, by name and shape."""
-    return options.head == "own"
+    return options.init == "weights" and getattr(options, "head", "own") == "own"
 
 
 @dataclass
@@ -62,6 +63,7 @@ def start(work: Work[Any], *, labels: bool = True) -> Start:
     assert work.data is not None
     folder = work.models["model"]
     model = load_with_head(folder, o) if isinstance(o, HeadOptions) else load(folder)
+    model = student_of(model, chosen(o, SizeOptions), o.seed)
     data = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
     batches = batches_for(model, folder, next(iter(data)), chosen(o, DataOptions), data=work.data, labels=labels)
     return Start(model, data, batches)

@@ -22,7 +22,7 @@ from regraft.resize.surgery import load
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.making import Made, Work, maker
 from regraft.train.objective import Sum, Term
-from regraft.train.start import FitOptions, HeadOptions, fit, keeps_head, start
+from regraft.train.start import FitOptions, HeadOptions, fit, keeps_tensors, start
 from regraft.train.teacher import Teacher
 from regraft.train.vocabulary import same_tokens
 
@@ -43,7 +43,7 @@ class DistilOptions(FitOptions, HeadOptions):
 
 
 @maker(room="train", summary="learn a teacher's logits and hidden states", options=DistilOptions,
-       roles={"teacher": True}, same_tensors=keeps_head)  # fmt: skip
+       roles={"teacher": True}, same_tensors=keeps_tensors)  # fmt: skip
 def distil(work: Work[DistilOptions]) -> Made:
     """Raises RG204 and RG201 for models that do not go together, RG309 for labels that are not there."""
     o = work.options

@@ -13,14 +13,14 @@ from regraft.errors import UserError
 from regraft.objectives.own_loss import OwnLoss
 from regraft.train.making import Made, Work, maker
 from regraft.train.objective import Sum
-from regraft.train.start import FitOptions, HeadOptions, fit, keeps_head, start
+from regraft.train.start import FitOptions, HeadOptions, fit, keeps_tensors, start
 
 
 class FineTuneOptions(FitOptions, HeadOptions):
     """Options of fine_tune."""
 
 
-@maker(room="train", summary="the model's own loss on data", options=FineTuneOptions, same_tensors=keeps_head)
+@maker(room="train", summary="the model's own loss on data", options=FineTuneOptions, same_tensors=keeps_tensors)
 def fine_tune(work: Work[FineTuneOptions]) -> Made:
     """Raises RG309 for a model without a loss of its own, or data without labels for it."""
     begun = start(work)

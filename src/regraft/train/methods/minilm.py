@@ -3,9 +3,12 @@
     v1:  KL of softmax(Q K^T / sqrt(d_head)) and of softmax(V V^T / sqrt(d_head)), last layers, equal numbers of heads
     v2:  KL of softmax(X X^T / sqrt(width / relation_heads)) for X = Q, K, V, whose heads are joined and split anew
 
-Needs text and nothing else. Student and teacher need the same tokenizer; depth, width and (v2) heads are free. The
-student's head, and what lies behind the values of its last layer, get no gradient and stay as they are: fine-tune it
-afterwards. For 24-layer teachers a middle-upper layer is better than the last (`teacher_layer: 20` for BERT-large).
+Needs text and nothing else. Student and teacher need the same tokenizer; depth, width and (v2) heads are free. With
+`init: random` and `num_layers`, `hidden_size` the student is a new, smaller model of the architecture of `model`, which
+may be the teacher itself; with `init: layers` it is made of evenly spaced layers of `model`.
+
+The student's head, and what lies behind the values of its last layer, get no gradient and stay as they are: fine-tune
+it afterwards. For 24-layer teachers a middle-upper layer is better than the last (`teacher_layer: 20` for BERT-large).
 
 The paper's teacher assistant, for students of half the depth and half the width, is two steps of a recipe: the teacher
 teaches the assistant, the assistant the student.
@@ -22,7 +25,7 @@ from regraft.objectives.minilm import MiniLM
 from regraft.resize.surgery import load
 from regraft.train.making import Made, Work, maker
 from regraft.train.objective import Sum
-from regraft.train.start import FitOptions, fit, start
+from regraft.train.start import FitOptions, fit, keeps_tensors, start
 from regraft.train.teacher import Teacher
 from regraft.train.vocabulary import same_tokens
 
@@ -43,6 +46,7 @@ class MinilmOptions(FitOptions):
     summary="a smaller student learns the attention relations of a teacher",
     options=MinilmOptions,
     roles={"teacher": True},
+    same_tensors=keeps_tensors,
     papers=(
         Paper(
             title="MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained Transformers",
