@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from regraft.cli import options as opt
 from regraft.cli.progress import TerminalProgress
@@ -95,6 +94,8 @@ def _make(
     as_json: bool,
 ) -> None:
     """Write the recipe of one step, and do it."""
+    import yaml
+
     from regraft.recipe import parse_recipe
     from regraft.recipe.making import make_one
 

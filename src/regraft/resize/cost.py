@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.train.tap import look
 
@@ -20,6 +19,8 @@ def parameters(model: Any) -> int:
 
 def flops(model: Any, batch: Mapping[str, Any]) -> int:
     """Floating-point operations of matrix products in one pass (a multiplication and an addition are two)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         look(model.eval(), batch)
     return int(counter.get_total_flops())

@@ -19,7 +19,6 @@ from torch import nn
 
 from regraft.axes.modules import modules_of
 from regraft.checkpoint.json_file import read_json
-from regraft.checkpoint.model_class import REFUSALS, bounded, model_class
 from regraft.checkpoint.weights import folder_weights
 from regraft.errors import UserError
 from regraft.inspect.loading import quiet
@@ -162,6 +161,8 @@ def export(model: Any) -> Any:
 def _stock(
     kind: Any, config: Any, surgeries: list[dict[str, Any]], folder: Path, dtype: torch.dtype
 ) -> tuple[Any, list[str]]:
+    from regraft.checkpoint.model_class import REFUSALS
+
     with quiet():
         try:
             model, info = kind.from_pretrained(
@@ -175,6 +176,8 @@ def _stock(
 def _with_surgeries(
     kind: Any, config: Any, surgeries: list[dict[str, Any]], folder: Path, dtype: torch.dtype
 ) -> tuple[Any, list[str]]:
+    from regraft.checkpoint.model_class import REFUSALS
+
     build = getattr(kind, "_from_config", None) or kind.from_config  # of a class, of an Auto class
     try:
         model = build(config, dtype=dtype)
@@ -238,6 +241,8 @@ def _is_head(model: Any, name: str) -> bool:
 
 def _class_and_config(plain: Mapping[str, Any], auto_class: str, folder: Path) -> tuple[Any, Any]:
     import transformers
+
+    from regraft.checkpoint.model_class import REFUSALS, bounded, model_class
 
     if "auto_map" in plain:
         what = "the model needs code from its own folder"
