@@ -55,6 +55,8 @@ def test_sizes_of_random_models(family: str) -> None:
     up = student.get_submodule(modules_of(student).find("ffn.up")[0])
     assert max(up.weight.shape) == (64 if family == "gpt2" else 32)  # 4 widths, or 64 of 32 in proportion
     assert torch.isfinite(output_of(student, family)).all()
+    other = student_of(whole, SizeOptions(init="random", intermediate_size=24), 0)
+    assert 24 in other.get_submodule(modules_of(other).find("ffn.up")[0]).weight.shape
 
 
 def test_what_cannot_be() -> None:

@@ -21,6 +21,7 @@ class ModuleTable:
         prefixes: what may stand before the base model's names.
         causal: stacks whose positions attend only to those before them.
         head_dim: attribute of attention modules with the width of one head.
+        ffn_size: key of the configuration with the width of feed-forward parts.
     """
 
     blocks: Mapping[str, str]
@@ -29,6 +30,7 @@ class ModuleTable:
     prefixes: tuple[str, ...] = ()
     causal: tuple[str, ...] = ()
     head_dim: str = "head_dim"
+    ffn_size: str = "intermediate_size"
 
 
 def _projections(path: str, query: str, key: str, value: str, output: str, kind: str = "attention") -> dict[str, str]:
@@ -81,6 +83,7 @@ GPT2 = ModuleTable(
     outside={"wte": ("embedding", ""), "wpe": ("embedding", ""), "ln_f": ("norm", ""), **_HEADS},
     prefixes=("transformer.",),
     causal=("",),
+    ffn_size="n_inner",
 )
 
 BERT = ModuleTable(
@@ -147,6 +150,7 @@ T5 = ModuleTable(
     prefixes=("transformer.",),
     causal=("decoder",),
     head_dim="key_value_proj_dim",
+    ffn_size="d_ff",
 )
 
 _VISION_LAYER = {

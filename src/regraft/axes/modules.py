@@ -103,6 +103,11 @@ class ModuleMap:
         """The attribute of attention modules that says how wide a head is."""
         return self._table.head_dim
 
+    @property
+    def ffn_size(self) -> str:
+        """The configuration's key of the width of feed-forward parts."""
+        return self._table.ffn_size
+
     def depth(self, name: str) -> tuple[str, int | None] | None:
         """(stack, block) that a module or parameter lies in; (stack, None) for embeddings; None for anything else."""
         for stack, blocks in self.blocks.items():

@@ -69,7 +69,7 @@ def student_of(model: Any, options: SizeOptions, seed: int) -> Any:
         if isinstance(kinds := getattr(config, name, None), list):
             setattr(config, name, kinds[:layers])
     if options.init == "random":
-        _resize(config, options)
+        _resize(config, options, modules_of(model).ffn_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = type(model)._from_config(config, dtype=model.dtype)
@@ -83,13 +83,15 @@ def chosen_layers(depth: int, layers: int) -> list[int]:
     return [-(-(i + 1) * depth // layers) - 1 for i in range(layers)]
 
 
-def _resize(config: Any, options: SizeOptions) -> None:
+def _resize(config: Any, options: SizeOptions, ffn_size: str) -> None:
     old, heads = config.hidden_size, config.num_attention_heads
     width = options.hidden_size or old
-    inner = getattr(config, "intermediate_size", None)
+    inner = getattr(config, ffn_size, None)
     config.hidden_size = width
-    if options.intermediate_size or inner:
-        config.intermediate_size = options.intermediate_size or max(1, round(inner * width / old))
+    if options.intermediate_size is not None:
+        setattr(config, ffn_size, options.intermediate_size)
+    elif inner:
+        setattr(config, ffn_size, max(1, round(inner * width / old)))
     new_heads = options.num_attention_heads or max(1, heads * width // old)
     if width % new_heads:
         what = f"a width of {width} cannot be split into {new_heads} heads"
