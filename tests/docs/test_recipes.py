@@ -76,6 +76,9 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for folder in (base, *(root / kind / name for name in MODELS)):
             if kind != "vit":
                 write_tokenizer(folder)
+    encoder = root / "bert" / "sentence-transformers" / "all-MiniLM-L6-v2"
+    hf.BertModel.from_pretrained(root / "bert" / "org" / "base").save_pretrained(encoder)
+    write_tokenizer(encoder)
     grown = shutil.copytree(root / "shallow", root / "words")
     add_tokens(grown / "org" / "instruct", ("<|im_start|>", "<|im_end|>"))
     for seed, name in enumerate(("maths-lora", "code-lora")):
@@ -84,6 +87,7 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"text": " ".join(words[i : i + 20])} for i in range(8)]
     for name in ("texts", "domain", "general", "test"):
         write(root / "shallow" / f"{name}.jsonl", rows)
+    write(root / "bert" / "texts.jsonl", rows)
     pairs = [{"sentence1": words[i], "sentence2": words[i + 1], "score": i} for i in range(8)]
     write(root / "bert" / "test.jsonl", pairs)
     pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).tolist()

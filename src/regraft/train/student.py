@@ -57,9 +57,9 @@ def student_of(model: Any, options: SizeOptions, seed: int) -> Any:
         return model
     if surgeries_of(model.config):
         raise UserError("RG309", "another size of a compressed model", fix="take the dense model")
+    if len(modules_of(model).blocks) != 1:
+        raise UserError("RG309", "another size of a model with several stacks of layers", fix="use init: weights")
     config = copy.deepcopy(model.config)
-    if config.get_text_config() is not config:
-        raise UserError("RG309", "another size of a model with two towers", fix="use init: weights")
     depth = config.num_hidden_layers
     layers = options.num_layers or depth
     if options.init == "layers" and layers > depth:
@@ -108,8 +108,6 @@ def _resize(config: Any, options: SizeOptions, ffn_size: str) -> None:
 def _copy(model: Any, student: Any, chosen: list[int]) -> None:
     """The student's weights from those of the model: block i from block chosen[i], everything else as it is."""
     whole, small = modules_of(model).blocks, modules_of(student).blocks
-    if len(whole) != 1:
-        raise UserError("RG309", "layers of a model with several stacks", fix="use init: weights or random")
     names = dict(zip(next(iter(small.values())), (next(iter(whole.values()))[i] for i in chosen), strict=True))
     state, values = student.state_dict(), model.state_dict()
     for name in state:
