@@ -37,7 +37,8 @@ def test_the_process_ends_with_the_status_after_the_last_thread(arguments: list[
         "import sys, threading, time\n"
         "from regraft.cli.main import process\n"
         "import torch\n"
-        "threading.Thread(target=lambda: (time.sleep(0.5), print('the thread'))).start()\n"
+        "main = threading.main_thread()\n"
+        "threading.Thread(target=lambda: (main.join(), time.sleep(0.2), print('the thread'))).start()\n"
         f"sys.argv = ['regraft', *{arguments!r}]\n"
         "process()\n"
     )
