@@ -46,6 +46,23 @@ def test_fine_tune_learns(data: Path, tmp_path: Path) -> None:
     assert after < before
 
 
+def test_half_precision_is_trained_in_full_and_stays_half(data: Path, tmp_path: Path) -> None:
+    """A rate at which no weight of bfloat16 would move by itself: the sum of many small steps does not get lost."""
+    folder = save_tiny(tmp_path / "gpt2", "gpt2", dtype=torch.bfloat16)
+    made = fine_tune(
+        folder, data=data, folder=tmp_path / "a", max_steps=20, learning_rate=2e-5, lr_scheduler_type="constant",
+        weight_decay=0.0, **FAST,
+    )  # fmt: skip
+    assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
+    before, after = (m.state_dict()["transformer.ln_f.weight"] for m in (regraft.load(folder), made.model))
+    # Near 1 the step of bfloat16 is 1/256; a norm moves by 20 * 2e-5 at most, so it must come back unchanged ...
+    assert torch.equal(before, after)
+    # ... while small weights, whose steps are finer, have moved by the sum.
+    name = "transformer.h.0.mlp.c_fc.weight"
+    moved = (made.model.state_dict()[name].float() - regraft.load(folder).state_dict()[name].float()).abs()
+    assert float(moved.max()) > 2e-4
+
+
 def test_fine_tune_with_a_new_head(data: Path, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "bert", "bert")
     options: dict[str, Any] = {"head": "sequence_classification", "labels": ("even", "odd"), "max_steps": 2} | FAST

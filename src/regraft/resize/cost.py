@@ -50,8 +50,14 @@ def summary(cost: Mapping[str, Any]) -> dict[str, float]:
 
 
 def compared(before: Any, after: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters, operations and time of two models on a batch and on its first example."""
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "return_loss")}
+    """Parameters, operations and time of two models on a batch and on its first example, where the second one is."""
+    device = next(after.parameters()).device
+    before.to(device)
+    inputs = {
+        k: v.to(device) if isinstance(v, torch.Tensor) else v
+        for k, v in batch.items()
+        if k not in ("labels", "return_loss")
+    }
     size = next(v.shape[0] for v in inputs.values() if isinstance(v, torch.Tensor))
     one = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     pair = {"before": before, "after": after}

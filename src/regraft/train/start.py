@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from regraft.errors import UserError
@@ -46,11 +47,12 @@ def keeps_tensors(options: FitOptions) -> bool:
 
 @dataclass
 class Start:
-    """A model, its data, and how the one is fed with the other."""
+    """A model, its data, and how the one is fed with the other; weights of half precision are widened to be trained."""
 
     model: Any
     data: Any
     batches: Batches
+    dtype: torch.dtype  # of the model's weights as they are stored
 
 
 def start(work: Work[Any], *, labels: bool = True) -> Start:
@@ -64,9 +66,11 @@ def start(work: Work[Any], *, labels: bool = True) -> Start:
     folder = work.models["model"]
     model = load_with_head(folder, o) if isinstance(o, HeadOptions) else load(folder)
     model = student_of(model, chosen(o, SizeOptions), o.seed)
+    dtype = model.dtype
+    model.float()
     data = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
     batches = batches_for(model, folder, next(iter(data)), chosen(o, DataOptions), data=work.data, labels=labels)
-    return Start(model, data, batches)
+    return Start(model, data, batches, dtype)
 
 
 def load_with_head(folder: Path, options: HeadOptions) -> Any:
@@ -92,4 +96,4 @@ def fit(work: Work[Any], begun: Start, objective: Objective) -> Made:
         folder=work.folder, key=work.key, device=work.device, tell=work.tell,
     )  # fmt: skip
     facts = {"steps": result.steps, "seconds": result.seconds, "history": result.history}
-    return Made(begun.model.cpu(), {"training": facts})
+    return Made(begun.model.cpu().to(begun.dtype), {"training": facts})

@@ -90,6 +90,9 @@ def pela(work: Work[PelaOptions]) -> Made:
     assert work.data is not None
     folder = work.models["model"]
     student, original = load(folder), load(folder)
+    dtype = student.dtype
+    student.float()  # half precision is widened to be trained, and for what it is compared with
+    original.float()
     data = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
     first = next(iter(data))
     batches = batches_for(student, folder, first, chosen(o, DataOptions), data=work.data)
@@ -130,4 +133,4 @@ def pela(work: Work[PelaOptions]) -> Made:
         "cost": measured,
         "training": {"steps": result.steps, "seconds": result.seconds, "history": result.history},
     }
-    return Made(student.eval(), diagnostics, made.warnings)
+    return Made(student.cpu().to(dtype).eval(), diagnostics, made.warnings)

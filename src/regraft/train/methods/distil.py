@@ -60,5 +60,5 @@ def distil(work: Work[DistilOptions]) -> Made:
         raise UserError("RG303", "all weights of the loss are 0", fix="give one a value")
     same_tokens(work.models["model"], work.models["teacher"])
     cache = FeatureCache(work.folder / "features", work.key) if o.cache_teacher else None
-    teacher = Teacher(load(work.models["teacher"]), cache=cache)
+    teacher = Teacher(load(work.models["teacher"]).float(), cache=cache)
     return fit(work, begun, Sum(begun.batches.collate, active, teacher))

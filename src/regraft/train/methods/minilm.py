@@ -68,7 +68,7 @@ def minilm(work: Work[MinilmOptions]) -> Made:
     o = work.options
     begun = start(work, labels=False)
     same_tokens(work.models["model"], work.models["teacher"])
-    teacher = Teacher(load(work.models["teacher"]))
+    teacher = Teacher(load(work.models["teacher"]).float())
     term = MiniLM(o.relation, o.relation_heads, o.teacher_layer)
     made = fit(work, begun, Sum(begun.batches.collate, [(1.0, term)], teacher))
     made.warnings.append("the head, and the last layer behind its values, were not trained: fine-tune the student")
