@@ -92,6 +92,16 @@ def test_a_cached_teacher_teaches_the_same(tmp_path: Path) -> None:
     ]
     one, two = (m.model.state_dict() for m in made)
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    # Another model, or another weight of a loss, in the same folder is another run.
+    other = save_tiny(tmp_path / "other", "vit", seed=1)
+    found = [
+        pela(model, data=data, folder=tmp_path / "same", device="cpu", max_steps=1, cache_teacher=True).model
+        for model in (other, folder)
+    ]
+    plain = pela(folder, data=data, folder=tmp_path / "own", device="cpu", max_steps=1).model
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(found[1].state_dict()[name], value, atol=1e-6)
+    assert not torch.allclose(output_of(found[0], "vit"), output_of(found[1], "vit"))
 
 
 def test_whitened_factors_start_nearer(tmp_path: Path) -> None:

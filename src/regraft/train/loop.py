@@ -82,7 +82,7 @@ def train(
             iterable that gives the same each time.
         options: how to train.
         folder: for checkpoints and logs; made if it does not exist.
-        key: names models and data, if their content may differ between runs into the same folder.
+        key: names model, objective and data, where they may differ between runs into the same folder.
         device: "auto" for the GPU if there is one, or "cpu".
         tell: called after each step with (step, steps, figures); figures hold loss, seconds_left and more.
 

@@ -9,6 +9,8 @@ who called it writes the folder. `check` looks at what can be known without runn
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
+from regraft.checkpoint import open_checkpoint
 from regraft.errors import UserError, nearest
 from regraft.methods import Method, Options, Paper, register
 
@@ -121,8 +124,9 @@ class Maker(Method, Generic[O]):
         """
         models = {"model": Path(model)} | ({"teacher": Path(teacher)} if teacher is not None else {})
         self.check(models, Path(data) if data is not None else None)
-        given = Path(data) if data is not None else None
-        return self.run(Work(models, self.resolve(options), given, Path(folder), device=device, tell=tell or _untold))
+        given, resolved = Path(data) if data is not None else None, self.resolve(options)
+        key = _content_key(self.name, models, resolved, given)
+        return self.run(Work(models, resolved, given, Path(folder), key, device, tell or _untold))
 
     def check(self, models: Mapping[str, Any], data: Any, *, where: str = "") -> None:
         """Raise RG304 or RG601 if a model or the data is missing, RG302 for one that has no place here."""
@@ -136,6 +140,15 @@ class Maker(Method, Generic[O]):
             raise UserError("RG601", f"{self.name} needs data", where=where, fix="add data: ...")
         if data is not None and self.data == "none":
             raise UserError("RG302", f"{self.name} reads no data", where=where, fix="leave it out")
+
+
+def _content_key(name: str, models: Mapping[str, Path], options: Options, data: Path | None) -> str:
+    """Names what a run depends on, so that checkpoints and caches of another one in the same folder are not taken."""
+    digests = {role: open_checkpoint(str(path)).digest() for role, path in models.items()}
+    files = [] if data is None else sorted(data.rglob("*")) if data.is_dir() else [data]
+    states = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    facts = [name, options.model_dump(mode="json"), digests, states]
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def maker(
