@@ -92,6 +92,9 @@ class Engine(transformers.Trainer):
             data_collator=lambda pairs: objective.collate([e for _, e in pairs], [s for s, _ in pairs]),
             callbacks=[_Steps(self, tell, stop)],
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            what = "the run was launched with weights that are divided among processes, which is not done yet"
+            raise UserError("RG309", what, fix="launch it without FSDP and DeepSpeed")
         self.remove_callback(transformers.PrinterCallback)
         self.model_accepts_loss_kwargs = False
 
