@@ -25,9 +25,10 @@ from regraft.errors import CODES
 from regraft.inspect.metric import Metric
 from regraft.merge.rule import REQUIRED, Rule
 from regraft.methods import Method, methods
+from regraft.train.making import Maker
 
 ROOT = Path(__file__).parents[1]
-VERBS = {"merge": "Merge rules", "evaluate": "Metrics"}
+VERBS = {"merge": "Merge rules", "compress": "Compression", "train": "Training", "evaluate": "Metrics"}
 RANGES = {
     "1": "Files",
     "2": "Models that do not fit together",
@@ -105,6 +106,8 @@ def own_recipe(method: Method) -> str:
             "models:\n  base: org/base\n  maths: org/maths\nsteps:\n  scores:\n"
             f"    evaluate: {method.name}\n    models: [base, maths]\n    data: test.jsonl\n"
         )
+    if isinstance(method, Maker):
+        return _making_recipe(method)
     names = _members(method)
     lines = ["models:"]
     lines += [f"  {name}: org/{name}" for name in (*(["base"] if method.needs_base else []), *names)]
@@ -114,6 +117,17 @@ def own_recipe(method: Method) -> str:
     for option in option_facts(method):
         if option["default"] is not None and option["name"] != "int8_mask":
             lines.append(f"    {option['name']}: {_yaml(option['default'])}")
+    return "\n".join(lines) + "\n"
+
+
+def _making_recipe(maker: Maker[Any]) -> str:
+    """A recipe that runs one method, with what is needed and a short training."""
+    lines = ["models:", "  base: org/base", *(["  expert: org/maths"] if maker.roles else [])]
+    lines += ["steps:", "  made:", f"    {maker.room}: {maker.name}", "    model: base"]
+    lines += [f"    {role}: expert" for role in maker.roles]
+    lines += ["    data: texts.jsonl"] if maker.data != "none" else []
+    if "max_steps" in maker.options.model_fields:
+        lines += ["    max_steps: 2", "    per_device_train_batch_size: 4", "    warmup_ratio: 0.1"]
     return "\n".join(lines) + "\n"
 
 
@@ -146,7 +160,8 @@ def _members(rule: Any) -> tuple[str, ...]:
 
 
 def _method(method: Method) -> str:
-    verb = "merge rule" if isinstance(method, Rule) else "metric"
+    kinds = {"merge": "merge rule", "compress": "way to compress", "train": "way to train", "evaluate": "metric"}
+    verb = kinds[method.room]
     parts = [f"# {method.name}", f"*A {verb}: {method.summary}.*", method.doc.strip()]
     if isinstance(method, Rule):
         parts.append(f"Models: {_count(method)}. Base: {_base(method)}.")
@@ -160,6 +175,8 @@ def _method(method: Method) -> str:
         else:
             parts.append("mergekit does not have this method.")
         parts += ["## In Python", _python(method)]
+    elif isinstance(method, Maker):
+        parts += ["## In Python", _python_maker(method)]
     else:
         parts += ["## In Python", _python_metric(method)]
     if method.papers:
@@ -241,6 +258,16 @@ def _python_metric(metric: Metric[Any]) -> str:
     return f"```python\n{code}\n```"
 
 
+def _python_maker(maker: Maker[Any]) -> str:
+    arguments = ['"org/base"', *(f'{role}="org/maths"' for role in maker.roles)]
+    arguments += ['data="texts.jsonl"'] if maker.data != "none" else []
+    arguments += ['folder="checkpoints"', *(["max_steps=2"] if "max_steps" in maker.options.model_fields else [])]
+    home = "regraft.resize.methods" if maker.room == "compress" else "regraft.train.methods"
+    call = f"made = {maker.name}({', '.join(arguments)})"
+    code = f"from {home}.{maker.name} import {maker.name}\n\n{call}\nprint(made.diagnostics)"
+    return f"```python\n{code}\n```"
+
+
 def _count(rule: Rule[Any]) -> str:
     low, high = rule.min_models, rule.max_models
     if high == low:
@@ -266,11 +293,21 @@ def _methods_index() -> str:
         "`regraft methods NAME` prints the same in a terminal.",
         "## Merge rules",
         rule_table("{}.md"),
+        "## Compression",
+        _maker_table("compress"),
+        "## Training",
+        _maker_table("train"),
         "## Metrics",
         "| Metric | What it measures |\n|---|---|",
     ]
     parts[-1] += "".join(f"\n| [`{m.name}`]({m.name}.md) | {m.summary} |" for m in methods("evaluate"))
     return "\n\n".join(parts) + "\n"
+
+
+def _maker_table(room: str) -> str:
+    rows = ["| Method | What it does | Paper |", "|---|---|---|"]
+    rows += [f"| [`{m.name}`]({m.name}.md) | {m.summary} | {_papers(m)} |" for m in methods(room)]
+    return "\n".join(rows)
 
 
 def _errors() -> str:

@@ -32,6 +32,9 @@ LAYERS = {
     "inspect": 1,
     "adapters": 1,
     "deltas": 1,
+    "objectives": 1,
+    "resize": 1,
+    "train": 1,
     "recipe": 2,
     "report": 2,
     "claims": 2,
@@ -204,7 +207,23 @@ def test_every_command_and_code_has_its_page(generate: Any) -> None:
     pages = generate.pages()
     for code in CODES:
         assert f"### {code}: " in pages["errors.md"]
-    for name in ("merge", "run", "plan", "inspect", "extract-lora", "delta", "claims", "methods", "schema"):
+    for name in (
+        "merge",
+        "run",
+        "plan",
+        "compress",
+        "train",
+        "export",
+        "inspect",
+        "compare",
+        "report",
+        "card",
+        "extract-lora",
+        "delta",
+        "claims",
+        "methods",
+        "schema",
+    ):
         assert f"# regraft {name}" in pages[f"commands/{name}.md"]
 
 

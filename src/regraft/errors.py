@@ -59,6 +59,7 @@ CODES: dict[str, tuple[str, str]] = {
     "RG601": ("data unreadable", "A data file is missing, of an unknown format, or lacks a column."),
     "RG602": ("evaluation impossible", "The model has no head for this metric, or a package for it is not installed."),
     "RG603": ("nothing to report", "The folder holds no model that regraft made, no scores and no log of a training."),
+    "RG604": ("training diverged", "The loss is not finite any more; nothing that was trained after that would be of use."),
     "RG901": ("no experiments here", "There is no folder claims/; experiments are run from a clone of the repository."),
     "RG902": ("no such claim", "There is no claim of this number, or its file does not hold one."),
     "RG903": ("inputs missing", "A claim at the scale of its paper needs models and data, or the file of them is malformed."),

@@ -16,7 +16,12 @@ from pydantic import BaseModel, ConfigDict
 from regraft.errors import UserError, nearest
 
 # Verb of a recipe's step -> the package whose files hold its methods.
-ROOMS = {"merge": "regraft.merge.rules", "evaluate": "regraft.inspect.metrics"}
+ROOMS = {
+    "merge": "regraft.merge.rules",
+    "compress": "regraft.resize.methods",
+    "train": "regraft.train.methods",
+    "evaluate": "regraft.inspect.metrics",
+}
 
 
 class Options(BaseModel):

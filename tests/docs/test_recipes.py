@@ -25,7 +25,7 @@ from regraft.cli.main import app
 from regraft.deltas.extract import extract
 from regraft.merge.rule import Rule
 from regraft.methods import Options
-from regraft.recipe import EvaluateStep, load_recipe
+from regraft.recipe import EvaluateStep, MergeStep, load_recipe
 from regraft.recipe.run import run
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +81,9 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for folder in (base, *(root / kind / name for name in MODELS)):
             if kind not in ("vit", "t5"):
                 write_tokenizer(folder)
+    encoder = root / "bert" / "sentence-transformers" / "all-MiniLM-L6-v2"
+    hf.BertModel.from_pretrained(root / "bert" / "org" / "base").save_pretrained(encoder)
+    write_tokenizer(encoder)
     grown = shutil.copytree(root / "shallow", root / "words")
     add_tokens(grown / "org" / "instruct", ("<|im_start|>", "<|im_end|>"))
     base, chat = (open_checkpoint(str(root / "shallow" / "org" / name)) for name in ("base", "instruct"))
@@ -94,6 +97,7 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"text": " ".join(words[i : i + 20])} for i in range(8)]
     for name in ("texts", "domain", "general", "test"):
         write(root / "shallow" / f"{name}.jsonl", rows)
+    write(root / "bert" / "texts.jsonl", rows)
     pairs = [{"sentence1": words[i], "sentence2": words[i + 1], "score": i} for i in range(8)]
     write(root / "bert" / "test.jsonl", pairs)
     pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).tolist()
@@ -140,7 +144,8 @@ def check_run(path: Path, out: Path) -> None:
             made = json.loads((result.artefacts[step.name] / "regraft.json").read_text(encoding="utf-8"))
             assert made["method"] == step.method
             assert made["output"]["tensors"] > 0
-            weights = "adapter_model.safetensors" if step.output == "lora" else "model.safetensors"
+            adapter = isinstance(step, MergeStep) and step.output == "lora"
+            weights = "adapter_model.safetensors" if adapter else "model.safetensors"
             assert (result.artefacts[step.name] / weights).stat().st_size > 0
 
 

@@ -468,17 +468,17 @@ def test_files_are_the_same_for_any_workers_and_chunks(rule: str, llamas: Path, 
 
 
 def test_the_key_of_data_covers_the_images_beside_it(tmp_path: Path) -> None:
-    from regraft.recipe.run import _data_key
+    from regraft.recipe.making import data_key
 
     (tmp_path / "pictures").mkdir()
     data, picture = tmp_path / "test.jsonl", tmp_path / "pictures" / "a.png"
     data.write_text('{"image": "pictures/a.png", "label": 0}\n')
     picture.write_bytes(b"1")
-    first = _data_key(data)
+    first = data_key(data)
     picture.write_bytes(b"22")
-    second = _data_key(data)
+    second = data_key(data)
     data.write_text('{"image": "pictures/a.png", "label": 1}\n')
-    assert len({str(k) for k in (first, second, _data_key(data))}) == 3
+    assert len({str(k) for k in (first, second, data_key(data))}) == 3
 
 
 def test_scores_join_the_lineage_and_the_card(tmp_path: Path) -> None:

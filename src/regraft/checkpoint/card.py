@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from regraft.checkpoint.model import Checkpoint
 
 FILE_NAME = "README.md"
+# Kind of a lineage -> what the Hub calls the relation to the base model; and what was done to it, in words.
+_RELATIONS = {"merge": "merge"}
+_MADE = {"compress": "compressed", "train": "trained"}
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,9 @@ def write_card(
     data = _metadata(title, lineage, parents, verdict, scores, adapter)
     if (staging / "modules.json").is_file():
         data["library_name"] = "sentence-transformers"
+    use = _BARE_USAGE if bare else _use(lineage, parents, data["library_name"], adapter)
     if bare:
         del data["library_name"]
-    use = _adapter_usage(adapter) if adapter else _BARE_USAGE if bare else _usage(parents[0], data["library_name"])
     refs = {ref for parent in parents for ref in (parent.ref, str(parent.path), *parent.adapters)}
     hide = PrivatePaths(refs | {record.ref for record in lineage.inputs})
     sections = [
@@ -119,9 +122,9 @@ def _metadata(
     of = [adapter.base] if adapter else parents
     if ids := list(dict.fromkeys(parent.repo_id for parent in of if parent.repo_id)):
         data["base_model"] = ids
-    data["base_model_relation"] = "adapter" if adapter else "merge"
+    data["base_model_relation"] = "adapter" if adapter else _RELATIONS.get(lineage.kind, "finetune")
     data["library_name"] = "peft" if adapter else "transformers"
-    data["tags"] = ["lora" if adapter else "merge", "regraft", lineage.method]
+    data["tags"] = ["lora" if adapter else lineage.kind, "regraft", lineage.method]
     if verdict.licence and on_hub(verdict.licence):
         data["license"] = verdict.licence
     elif verdict.licence:
@@ -154,7 +157,10 @@ def _summary(lineage: Lineage, found: Method | None, first: str) -> str:
     n = sum(record.role != "base" for record in lineage.inputs)
     base = " and a base" if len(lineage.inputs) > n else ""
     lines = [first] if first else []
-    if found and not first:
+    if found and not first and lineage.kind in _MADE:
+        others = "".join(f", {r.role} `{r.name}`" for r in lineage.inputs[1:])
+        lines.append(f"`{lineage.inputs[0].name}` {_MADE[lineage.kind]} by `{found.name}`{others}: {found.summary}.")
+    elif found and not first:
         lines.append(f"A merge of {n} model{'s' if n != 1 else ''}{base} by `{found.name}`: {found.summary}.")
     if lineage.output:
         out = lineage.output
@@ -174,6 +180,12 @@ def _parents(lineage: Lineage, parents: Sequence[Checkpoint]) -> str:
         who = short_name(parent) + "".join(f" + {Path(adapter).name}" for adapter in parent.adapters)
         rows.append([record.name, record.role, who, revision, digest, licence])
     return "## Parents\n\n" + _table(["name", "role", "model", "revision", "digest", "licence"], rows)
+
+
+def _use(lineage: Lineage, parents: Sequence[Checkpoint], library: str, adapter: AdapterFacts | None) -> str:
+    if lineage.surgeries:
+        return 'import regraft\n\nmodel = regraft.load("path/to/this/folder")'
+    return _adapter_usage(adapter) if adapter else _usage(parents[0], library)
 
 
 def _usage(parent: Checkpoint, library: str) -> str:

@@ -20,6 +20,7 @@ from regraft.cli.delta import delta
 from regraft.cli.extract_lora import extract_lora
 from regraft.cli.inspect import inspect
 from regraft.cli.lean import collect_seldom, leave_at_once
+from regraft.cli.making import compress, export, train
 from regraft.cli.merge import merge
 from regraft.cli.methods import methods
 from regraft.cli.plan import plan
@@ -37,7 +38,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for function in (merge, run, plan, inspect, compare, report, extract_lora, methods, schema):
+for function in (
+    merge,
+    run,
+    plan,
+    compress,
+    train,
+    export,
+    inspect,
+    compare,
+    report,
+    extract_lora,
+    methods,
+    schema,
+):
     app.command()(command(function))
 app.add_typer(delta, name="delta")
 app.add_typer(card, name="card")

@@ -18,6 +18,8 @@ class Room(str, Enum):
     """Verbs of a recipe's steps."""
 
     merge = "merge"
+    compress = "compress"
+    train = "train"
     evaluate = "evaluate"
 
 

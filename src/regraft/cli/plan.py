@@ -54,7 +54,8 @@ def tell_plan(terminal: Terminal, plan: Plan, *, dry_run: bool, as_json: bool) -
 def show_plan(terminal: Terminal, console: Console, plan: Mapping[str, Any]) -> None:
     """Print what `Plan.to_dict` gives for people to read; its warnings go to stderr as notes."""
     for step in plan["steps"]:
-        _show_evaluation(console, step) if "evaluate" in step else _show_merge(console, step)
+        show = _show_evaluation if "evaluate" in step else _show_merge if "merge" in step else _show_make
+        show(console, step)
     disk = f"{size_in_words(plan['disk_bytes'])} on disk"
     memory = f"about {size_in_words(plan['memory_bytes'])} of memory"
     time = f"about {duration(plan['seconds_estimated'])} for the merges"
@@ -67,6 +68,17 @@ def show_plan(terminal: Terminal, console: Console, plan: Mapping[str, Any]) -> 
 def _show_evaluation(console: Console, step: Mapping[str, Any]) -> None:
     console.print(f"{step['step']}: {step['evaluate']} of {', '.join(step['models'])}", markup=False, style="bold")
     console.print(f"  {value_in_words(step['options'])}", markup=False)
+
+
+def _show_make(console: Console, step: Mapping[str, Any]) -> None:
+    """A step that runs a model."""
+    verb = next(name for name in ("compress", "train") if name in step)
+    others = "".join(f", {role} {name}" for role, name in step["models"].items() if role != "model")
+    console.print(f"{step['step']}: {step[verb]} of {step['models']['model']}{others}", markup=False, style="bold")
+    data = f"data {step['data']}, " if step["data"] else ""
+    console.print(f"  {data}licence {step['licence'] or 'unknown'}", markup=False)
+    chosen = {name: value for name, value in step["options"].items() if value is not None}
+    console.print(f"  {value_in_words(chosen)}", markup=False)
 
 
 def _show_merge(console: Console, step: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ class TerminalProgress:
         self._name = ""
         self._begun = self._said = time.monotonic()
         self._done = 0
+        self._figures = ""
 
     def __enter__(self) -> TerminalProgress:
         if not self._terminal.quiet and self._terminal.err.is_terminal:
@@ -50,10 +52,17 @@ class TerminalProgress:
         if self._terminal.arrived:
             raise KeyboardInterrupt
         self._finish()
-        self._name, self._done = name, 0
+        self._name, self._done, self._figures = name, 0, ""
         self._begun = self._said = time.monotonic()
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=None)
+
+    def figures(self, figures: Mapping[str, float]) -> None:
+        """The loss of a training step, beside the name of the step; whole logs are in the artefact."""
+        shown = {name: figures[name] for name in ("loss", "learning_rate") if name in figures}
+        self._figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in shown.items())
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"{self._name} {self._figures}".strip())
 
     def advance(self, done: int, total: int) -> None:
         """`done` of `total` elements of the step."""
@@ -67,7 +76,8 @@ class TerminalProgress:
             self._said = now
             rate = done / max(now - self._begun, 1e-9)
             left = duration((total - done) / rate)
-            self._terminal.line(f"{self._name}: {done / total:.0%}, {count(rate)} elements/s, {left} left")
+            speed = self._figures or f"{count(rate)} elements/s"
+            self._terminal.line(f"{self._name}: {done / total:.0%}, {speed}, {left} left")
 
     def message(self, text: str) -> None:
         """One line above the bar."""

@@ -70,6 +70,10 @@ def load_config(folder: Path) -> Any:
     if not folder.is_dir():
         raise UserError("RG101", "there is no model", where=str(folder), fix="give the folder of a saved model")
     plain = read_json(folder / "config.json")
+    if "regraft" in plain:
+        from regraft.resize.surgery import config_of
+
+        return config_of(folder)
     try:
         with quiet():
             return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -102,6 +106,9 @@ def load_model(
     config = load_config(folder)
     target = device_of(device)
     dtype: Any = torch.float32 if target.type == "cpu" else "auto"
+    if hasattr(config, "regraft"):
+        model, missing = _compressed(folder, config, auto_class, purpose, target)
+        return _checked(Loaded(model, config, folder, target, missing), purpose, allow_missing)
     try:
         with quiet():
             model, info = getattr(transformers, auto_class).from_pretrained(
@@ -115,11 +122,34 @@ def load_model(
     except (OSError, RuntimeError, TypeError) as error:
         raise _unusable(folder, error) from None
     missing = tuple(sorted(info["missing_keys"]))
+    return _checked(Loaded(model.to(target).eval(), config, folder, target, missing), purpose, allow_missing)
+
+
+def _checked(loaded: Loaded, purpose: str, allow_missing: bool) -> Loaded:
+    """The same, if nothing is missing that may not be; raises RG602."""
+    missing = loaded.missing
     if missing and not allow_missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         what = f"the checkpoint has no weights for {purpose}: {missing[0]}{more} would be random"
-        raise UserError("RG602", what, where=str(folder), fix="evaluate a model that was trained with this head")
-    return Loaded(model.to(target).eval(), config, folder, target, missing)
+        raise UserError("RG602", what, where=str(loaded.folder), fix="evaluate a model that was trained with this head")
+    return loaded
+
+
+def _compressed(
+    folder: Path, config: Any, auto_class: str, purpose: str, target: torch.device
+) -> tuple[Any, tuple[str, ...]]:
+    """A model whose modules are not those of its architecture, and what it lacks for a task."""
+    import transformers
+
+    from regraft.resize.surgery import opened
+
+    if type(config) not in getattr(transformers, auto_class)._model_mapping:
+        what = f"a {config.model_type} model cannot do {purpose}"
+        raise UserError("RG602", what, where=str(folder), fix="choose another metric or model")
+    model, missing = opened(folder, auto_class)
+    if target.type == "cpu":
+        model = model.float()
+    return model.to(target).eval(), tuple(sorted(missing))
 
 
 def load_tokenizer(loaded: Loaded) -> Any:

@@ -163,10 +163,30 @@ class EvaluateStep:
 
 
 @dataclass(frozen=True, eq=False)
+class MakeStep:
+    """One model made by running another: compressed or trained.
+
+    Attributes:
+        verb: "compress" or "train".
+        method: name of a method of that verb.
+        models: role ("model", "teacher") -> reference.
+        data: path of what it is trained on, "" if there is none.
+    """
+
+    name: str
+    verb: str
+    method: str
+    models: Mapping[str, str]
+    data: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """A whole recipe: named models and the steps in order, sweeps unrolled."""
 
     models: Mapping[str, str]
-    steps: tuple[MergeStep | EvaluateStep, ...]
+    steps: tuple[MergeStep | MakeStep | EvaluateStep, ...]
     path: Path | None = None
     text: str = ""

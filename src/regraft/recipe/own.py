@@ -27,6 +27,7 @@ from regraft.recipe.document import (
     TENSORS,
     EvaluateStep,
     Input,
+    MakeStep,
     MergeStep,
     Recipe,
     Setting,
@@ -36,6 +37,7 @@ from regraft.recipe.document import (
 from regraft.recipe.fields import Field
 from regraft.recipe.names import Names, check_name
 from regraft.recipe.option_values import OptionReader
+from regraft.recipe.own_make import MAKE_VERBS, read_make
 from regraft.recipe.sweep import Member, read_sweep
 from regraft.recipe.tokens import read_source, read_tokenizer
 
@@ -79,13 +81,17 @@ def read_recipe(root: Field, *, path: Path | None, text: str) -> Recipe:
     if not bodies:
         raise top["steps"].error("RG303", "the recipe has no steps", "add one: merged: {merge: linear, models: [...]}")
     names = Names(models, tuple(bodies))
-    steps: list[MergeStep | EvaluateStep] = []
+    steps: list[MergeStep | MakeStep | EvaluateStep] = []
     for name, entry in bodies.items():
         check_name(entry, name, "step")
         if name in models:
             raise entry.error("RG307", f"{name} is the name of a model and of a step", "rename one of them")
         body = entry.in_step(name)
-        if _verb(body) == "merge":
+        verb = _verb(body)
+        if verb in MAKE_VERBS:
+            steps.append(read_make(body, verb, names, seed))
+            names.done[name] = [name]
+        elif verb == "merge":
             members = _Merge(body, names, seed).steps()
             names.done[name] = [s.name for s in members]
             steps += members

@@ -14,9 +14,10 @@ from regraft.checkpoint.output import reserved, unfinished_in
 from regraft.errors import UserError
 from regraft.merge.jobs import Job, default_chunk, default_workers, fit_memory, usable_device
 from regraft.methods import Options, method
-from regraft.recipe.document import EvaluateStep, Input, MergeStep, Recipe
+from regraft.recipe.document import EvaluateStep, Input, MakeStep, MergeStep, Recipe
 from regraft.recipe.estimate import RUN_BYTES, Estimate, estimate, process_memory
 from regraft.recipe.fit import Member
+from regraft.recipe.making import MakePlan, plan_make
 from regraft.recipe.merge_plan import MergePlan, plan_merge
 from regraft.recipe.settings import Settings
 
@@ -42,7 +43,7 @@ class Plan:
 
     recipe: Recipe
     settings: Settings
-    steps: list[MergePlan | EvaluatePlan]
+    steps: list[MergePlan | MakePlan | EvaluatePlan]
     workers: int
     chunk: int
     disk_bytes: int
@@ -77,6 +78,11 @@ class Plan:
     def merges(self) -> list[MergePlan]:
         return [s for s in self.steps if isinstance(s, MergePlan)]
 
+    @property
+    def makes(self) -> list[MergePlan | MakePlan]:
+        """The steps that make a model, in order."""
+        return [s for s in self.steps if isinstance(s, (MergePlan, MakePlan))]
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able data: what `regraft plan --json` prints."""
         return {
@@ -91,7 +97,9 @@ class Plan:
         }
 
 
-def _describe(plan: MergePlan | EvaluatePlan) -> dict[str, Any]:
+def _describe(plan: MergePlan | MakePlan | EvaluatePlan) -> dict[str, Any]:
+    if isinstance(plan, MakePlan):
+        return plan.to_dict()
     if isinstance(plan, EvaluatePlan):
         options = plan.options.model_dump(mode="json")
         facts = {"step": plan.step.name, "evaluate": plan.metric.name, "models": list(plan.models), "options": options}
@@ -131,14 +139,22 @@ def make_plan(recipe: Recipe, settings: Settings | None = None, *, out: Path | N
     """
     settings = settings or Settings()
     members = Members(recipe, settings)
-    steps: list[MergePlan | EvaluatePlan] = []
+    steps: list[MergePlan | MakePlan | EvaluatePlan] = []
     warnings: list[str] = []
     for step in recipe.steps:
         if isinstance(step, EvaluateStep):
             adapters = [p.step.name for p in steps if isinstance(p, MergePlan) and p.combination is not None]
             steps.append(_plan_evaluation(step, recipe, members, adapters, settings))
             continue
+        if isinstance(step, MakeStep):
+            made = plan_make(step, members.of(step), recipe, settings)
+            check_licences(made, settings)
+            members.planned[step.name] = Member(step.name, made.as_checkpoint())
+            steps.append(made)
+            continue
         chosen = members.of(step)
+        for member in chosen.values():
+            _check_stock(member, step)
         plan = plan_merge(step, chosen, settings, planned=any(m.name in members.planned for m in chosen.values()))
         check_licences(plan, settings)
         members.planned[step.name] = Member(step.name, plan.as_checkpoint())
@@ -150,6 +166,7 @@ def make_plan(recipe: Recipe, settings: Settings | None = None, *, out: Path | N
     jobs = [job for plan in written for job in plan.jobs]
     workers, chunk = size_run(jobs, settings)
     disk = sum(plan.bytes_out for plan in written)
+    disk += sum(plan.bytes_out for plan in steps if isinstance(plan, MakePlan))
     if out is not None:
         _check_disk(out, disk)
     return Plan(recipe, settings, steps, workers, chunk, disk, members, warnings)
@@ -163,8 +180,10 @@ class Members:
         self._opened: dict[tuple[str, str], Member] = {}  # by name, and base for deltas that are named alone
         self.planned: dict[str, Member] = {}
 
-    def of(self, step: MergeStep) -> Mapping[str, Member]:
-        """The members that a step names, under the names that it uses."""
+    def of(self, step: MergeStep | MakeStep) -> Mapping[str, Member]:
+        """The members that a step names, under the names that it uses; those of a step that runs one by their roles."""
+        if isinstance(step, MakeStep):
+            return {role: self.get(name) for role, name in step.models.items()}
         return {name: self.get(name, step.base if name != step.base else None) for name in step.references}
 
     def get(self, name: str, base: str | None = None) -> Member:
@@ -217,7 +236,19 @@ def size_run(jobs: list[Job], settings: Settings) -> tuple[int, int]:
     return workers, chunk
 
 
-def check_licences(plan: MergePlan, settings: Settings) -> None:
+def _check_stock(member: Member, step: MergeStep) -> None:
+    """Raise RG309 for a model whose modules are not those of its architecture: factors of two models do not align."""
+    kept = member.checkpoint.config.get("regraft")
+    if isinstance(kept, Mapping) and kept.get("planned") == "train":
+        what = f"{member.name} gets a new head or size, so that its tensors are not known before it is trained"
+        fix = "merge it by a recipe of its own, when it is there"
+        raise UserError("RG309", what, where=step.where, fix=fix)
+    if isinstance(kept, Mapping) and (kept.get("surgeries") or kept.get("planned")):
+        what = f"{member.name} is a compressed model, and its factors cannot be merged with those of another"
+        raise UserError("RG309", what, where=step.where, fix="merge first and compress then, or use: regraft export")
+
+
+def check_licences(plan: MergePlan | MakePlan, settings: Settings) -> None:
     """Raise RG404 for licences that do not go together, unless accepted."""
     if plan.licence.conflicts and not settings.accept_licenses:
         what = "the licences of the inputs do not agree: " + "; ".join(plan.licence.conflicts)

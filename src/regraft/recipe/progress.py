@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 
@@ -16,6 +17,10 @@ class Progress(Protocol):
         """`done` of `total` elements have passed through the current step; `total` may grow when a rule looks again."""
         ...
 
+    def figures(self, figures: Mapping[str, float]) -> None:
+        """What a training step measured: loss, its parts, learning_rate, seconds_left."""
+        ...
+
     def message(self, text: str) -> None:
         """One line: a step was taken from the cache, a remark, a result."""
         ...
@@ -26,4 +31,5 @@ class Silent:
 
     def step(self, name: str) -> None: ...
     def advance(self, done: int, total: int) -> None: ...
+    def figures(self, figures: Mapping[str, float]) -> None: ...
     def message(self, text: str) -> None: ...

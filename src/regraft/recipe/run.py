@@ -24,11 +24,11 @@ from regraft.checkpoint.lineage import FILE_NAME, Lineage
 from regraft.checkpoint.output import clear_leftovers, unfinished_in
 from regraft.checkpoint.paths import WEIGHT_SUFFIXES
 from regraft.errors import UserError, nearest
-from regraft.recipe.document import OUTPUTS, STATE_DICT, EvaluateStep, MergeStep, Recipe
+from regraft.recipe.document import OUTPUTS, STATE_DICT, EvaluateStep, MakeStep, MergeStep, Recipe
 from regraft.recipe.execute import execute
 from regraft.recipe.execute_adapter import is_adapter, open_result, write_adapter
-from regraft.recipe.file_states import data_files, pictures_beside
 from regraft.recipe.fit import Member
+from regraft.recipe.making import MakePlan, data_key, make, plan_make
 from regraft.recipe.merge_plan import MergePlan, plan_merge
 from regraft.recipe.plan import Members, Plan, fold, make_plan, size_run
 from regraft.recipe.progress import Progress, Silent
@@ -75,8 +75,8 @@ def run(recipe: Recipe, out: Path, settings: Settings | None = None, progress: P
         store.link(step.name, folder)
         members.planned[step.name] = Member(step.name, made)
     store.write("scores.json", [asdict(e) for e in result.evaluations])
-    for merged in plan.merges:
-        record_scores(merged, result.artefacts[merged.step.name], members, result.evaluations)
+    for planned in plan.makes:
+        record_scores(planned, result.artefacts[planned.step.name], members, result.evaluations)
     for unfinished in unfinished_in(out / "artefacts"):
         clear_leftovers(unfinished)  # of an earlier form of the recipe
     return result
@@ -149,6 +149,10 @@ def only_result(recipe: Recipe) -> MergeStep:
     if measured:
         what = f"the recipe also measures ({measured[0].name}), and merge makes one model"
         raise UserError("RG309", what, where=measured[0].where, fix="use: regraft run")
+    trained = [s for s in recipe.steps if isinstance(s, MakeStep)]
+    if trained:
+        what = f"the recipe also has a step with {trained[0].verb} ({trained[0].name}), and merge only merges"
+        raise UserError("RG309", what, where=trained[0].where, fix="use: regraft run")
     steps = [s for s in recipe.steps if isinstance(s, MergeStep)]
     used = {name for s in steps for name in s.references}
     results = [s for s in steps if s.name not in used]
@@ -202,10 +206,19 @@ def _key_at(folder: Path) -> str:
 
 
 def _artefact(
-    step: MergeStep, recipe: Recipe, members: Members, store: _Store, settings: Settings, progress: Progress
+    step: MergeStep | MakeStep,
+    recipe: Recipe,
+    members: Members,
+    store: _Store,
+    settings: Settings,
+    progress: Progress,
 ) -> tuple[Path, Checkpoint]:
     """The folder of a step's result, and that result as a model."""
-    plan = plan_merge(step, members.of(step), settings)
+    plan: MergePlan | MakePlan
+    if isinstance(step, MakeStep):
+        plan = plan_make(step, members.of(step), recipe, settings)
+    else:
+        plan = plan_merge(step, members.of(step), settings)
     folder = store.folder(step.name, plan.key)
     if _key_at(folder) == plan.key:
         clear_leftovers(folder)
@@ -213,8 +226,12 @@ def _artefact(
     else:
         if folder.exists():
             shutil.rmtree(folder)  # our own cache entry, damaged: made again
-        _make(plan, folder, recipe, settings, progress)
-    return folder, open_result(plan, folder) if plan.combination is not None else open_checkpoint(str(folder))
+        if isinstance(plan, MakePlan):
+            make(plan, folder, recipe, settings, progress)
+        else:
+            _make(plan, folder, recipe, settings, progress)
+    adapter = isinstance(plan, MergePlan) and plan.combination is not None
+    return folder, open_result(plan, folder) if adapter else open_checkpoint(str(folder))  # type: ignore[arg-type]
 
 
 def _make(plan: MergePlan, out: Path, recipe: Recipe, settings: Settings, progress: Progress) -> None:
@@ -231,10 +248,10 @@ def _evaluate(
 ) -> list[Evaluation]:
     planned = next(s for s in plan.steps if s.step is step)
     found = []
-    data_key = _data_key(planned.data)  # type: ignore[union-attr]
+    content = data_key(planned.data)  # type: ignore[union-attr]
     for i, name in enumerate(step.models):
         checkpoint = members.get(name).checkpoint
-        facts = [planned.metric.name, planned.options.model_dump(mode="json"), data_key, checkpoint.digest()]  # type: ignore[union-attr]
+        facts = [planned.metric.name, planned.options.model_dump(mode="json"), content, checkpoint.digest()]  # type: ignore[union-attr]
         key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
         score = store.score(key)
         if score is None:
@@ -247,22 +264,6 @@ def _evaluate(
         found.append(Evaluation(step.name, planned.metric.name, name, step.data, score))  # type: ignore[union-attr]
         progress.advance(i + 1, len(step.models))
     return found
-
-
-def _data_key(path: Path) -> list[Any]:
-    """What names the data: its bytes, and size and time of the images that a file's rows may name."""
-    files = data_files(path)
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    if path.is_file():
-        for picture in pictures_beside(path):
-            status = picture.stat()
-            digest.update(f"{picture.relative_to(path.parent)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return [len(files), digest.hexdigest()]
 
 
 def _tell(plan: Plan, progress: Progress) -> None:

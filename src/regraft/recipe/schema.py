@@ -54,7 +54,8 @@ def _own() -> dict[str, Any]:
     cases = []
     for verb in ROOMS:
         for one in methods(verb):
-            step = _merge_step(one, shared) if verb == "merge" else _evaluate_step(one, shared)
+            reading = {"merge": _merge_step, "evaluate": _evaluate_step}.get(verb, _make_step)
+            step = reading(one, shared)
             shared[f"{verb}.{one.name}"] = step
             case = {"properties": {verb: {"const": one.name}}, "required": [verb]}
             cases.append({"if": case, "then": {"$ref": f"#/$defs/{verb}.{one.name}"}})
@@ -142,6 +143,20 @@ def _evaluate_step(metric: Method, shared: dict[str, Any]) -> dict[str, Any]:
         "data": {**_TEXT, "description": "the path of a data file"},
     }
     return _closed({**_values(metric, shared), **{k: keys[k] for k in own.EVALUATE_KEYS}}, ["evaluate", "models"])
+
+
+def _make_step(maker: Any, shared: dict[str, Any]) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        maker.room: {"const": maker.name, "description": maker.summary},
+        "model": {**_TEXT, "description": "the model that it starts from"},
+        "data": {**_TEXT, "description": "the path of a data file"},
+        **{role: {**_TEXT, "description": f"the model that is the {role}"} for role in maker.roles},
+    }
+    needed = [maker.room, "model", *(role for role, need in maker.roles.items() if need)]
+    needed += ["data"] if maker.data == "needed" else []
+    if maker.data == "none":
+        del keys["data"]
+    return _closed({**_values(maker, shared), **keys}, needed)
 
 
 def _mergekit() -> dict[str, Any]:

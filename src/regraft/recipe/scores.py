@@ -12,6 +12,7 @@ from regraft.checkpoint.card import write_card
 from regraft.checkpoint.lineage import Lineage, Score
 
 if TYPE_CHECKING:
+    from regraft.recipe.making import MakePlan
     from regraft.recipe.merge_plan import MergePlan
     from regraft.recipe.plan import Members
 
@@ -27,7 +28,9 @@ class Evaluation:
     score: Mapping[str, Any]
 
 
-def record_scores(plan: MergePlan, folder: Path, members: Members, evaluations: Iterable[Evaluation]) -> None:
+def record_scores(
+    plan: MergePlan | MakePlan, folder: Path, members: Members, evaluations: Iterable[Evaluation]
+) -> None:
     """Write the scores of the model in `folder` into its regraft.json and README.md, unless they are there already."""
     found = list(evaluations)
     parents = [m.name for m in plan.parents]

@@ -187,7 +187,7 @@ class Stamp:
 
 def _named(recipe: Recipe) -> list[list[str]]:
     """[kind, text] for each model and each data file that a recipe names, wherever in it."""
-    from regraft.recipe.document import EvaluateStep
+    from regraft.recipe.document import EvaluateStep, MakeStep
 
     models: list[str] = []
     data: list[str] = []
@@ -195,6 +195,10 @@ def _named(recipe: Recipe) -> list[list[str]]:
         if isinstance(step, EvaluateStep):
             models += step.models
             data.append(step.data)
+            continue
+        if isinstance(step, MakeStep):
+            models += step.models.values()
+            data += [step.data] if step.data else []
             continue
         models += step.references
     made = {step.name for step in recipe.steps}

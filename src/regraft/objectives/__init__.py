@@ -1,0 +1,1 @@
+"""One file per loss over a batch; what they share is in `regraft.train`."""

@@ -1,0 +1,293 @@
+"""Which linear layers of a model become low-rank, of which rank, and the replacement itself.
+
+Layers are chosen by role (`regraft.axes.modules`): the projections of attention and the feed-forward matrices, unless
+told otherwise. Heads, embeddings, poolers, projections between towers and downsampling stay dense, and so do layers
+whose matrix is shared with another, and layers that a rank would not make smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from regraft.axes.module_map import check_roles, modules_of
+from regraft.errors import UserError
+from regraft.methods import Options
+from regraft.resize.low_rank import factorised, is_linear, replace, weight_of
+from regraft.resize.surgery import record, surgeries_of
+from regraft.resize.svd import EXACT_UP_TO, Factors, spectrum, truncated, whitened
+
+SLOW_BELOW = 256  # width under which two small products are rarely faster than one dense one on a CPU
+
+
+class LowRankOptions(Options):
+    """Which layers become low-rank, and of which rank; at most one of ratio, rank, energy and target_parameters."""
+
+    ratio: float | None = Field(None, gt=1, le=1000, description="a layer keeps 1/ratio of its matrix; 2 if not given")
+    rank: int | None = Field(None, ge=1, description="one rank for all layers")
+    energy: float | None = Field(
+        None, gt=0, lt=1, description="each layer keeps this share of its squared singular values"
+    )
+    target_parameters: float | None = Field(
+        None, gt=0, lt=1, description="the whole model keeps this share of its parameters; one ratio is solved for"
+    )
+    include: tuple[str, ...] = Field(("attention", "cross", "ffn"), description="roles of layers to factorise")
+    exclude: tuple[str, ...] = Field((), description="roles of layers to leave dense")
+    svd: Literal["auto", "exact", "randomized"] = Field(
+        "auto", description="how factors are found; auto: randomized above 2,048, exact below"
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> LowRankOptions:
+        given = [n for n in ("ratio", "rank", "energy", "target_parameters") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} both say how small layers become; give one")
+        check_roles((*self.include, *self.exclude))
+        return self
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What becomes of one linear layer: its rank, or why it stays dense."""
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    rank: int | None
+    why: str = ""
+    error: float | None = None
+    best: float | None = None
+
+    @property
+    def kept(self) -> int:
+        """Parameters of its matrix afterwards."""
+        rows, columns = self.shape
+        return rows * columns if self.rank is None else self.rank * (rows + columns)
+
+
+@dataclass
+class Factorisation:
+    """What was, or will be, done to a model.
+
+    `parameters` counts those of the whole model before, `kept` after; tied ones once.
+    """
+
+    layers: list[Layer]
+    parameters: int
+    kept: int
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def factorised(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.rank is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        layers = [
+            {
+                "name": la.name,
+                "role": la.role,
+                "shape": list(la.shape),
+                "rank": la.rank,
+                "error": la.error,
+                "why": la.why,
+            }
+            for la in self.layers
+        ]
+        share = self.kept / self.parameters
+        return {"parameters": self.parameters, "kept": self.kept, "share": share, "layers": layers}
+
+
+def rank_of(rows: int, columns: int, ratio: float) -> int:
+    """The rank at which two factors have 1/ratio of the entries of a matrix, rounded down."""
+    return math.floor(rows * columns / (ratio * (rows + columns)))
+
+
+def plan(model: Any, options: LowRankOptions) -> Factorisation:
+    """What `factorise` will do, without doing it.
+
+    Raises:
+        UserError: RG208 for a family without a table of modules, RG303 for ranks below 1, RG308 if no layer is chosen,
+            RG309 for a model that is low-rank already, RG206 for weights that are not finite.
+    """
+    if surgeries_of(model.config):
+        fix = "export it to a dense model first, or factorise the original"
+        raise UserError("RG309", "the model is low-rank already", fix=fix)
+    roles = modules_of(model)
+    modules = dict(model.named_modules())
+    chosen = [
+        name
+        for name, place in roles.places.items()
+        if any(place.has(r) for r in options.include)
+        and not any(place.has(r) for r in options.exclude)
+        and is_linear(modules[name])
+    ]
+    if not chosen:
+        what = f"no linear layer has a role of {', '.join(options.include)}"
+        raise UserError("RG308", what, fix="include other roles, such as attention or ffn")
+    uses: dict[int, int] = {}
+    for module in modules.values():
+        if isinstance(weight := getattr(module, "weight", None), Tensor):
+            uses[id(weight)] = uses.get(id(weight), 0) + 1
+    total = sum(p.numel() for p in model.parameters())
+    shapes = {name: tuple(weight_of(modules[name]).shape) for name in chosen}
+    free = [name for name in chosen if uses[id(modules[name].weight)] == 1]
+    ranks = _ranks(modules, shapes, free, total, options)
+    layers = []
+    for name in chosen:
+        rows, columns = shapes[name]
+        role = roles.places[name].role
+        if name not in free:
+            layers.append(Layer(name, role, (rows, columns), None, "its matrix is shared with another module"))
+        elif ranks[name] * (rows + columns) >= rows * columns:
+            why = f"two factors of rank {ranks[name]} are no smaller"
+            layers.append(Layer(name, role, (rows, columns), None, why))
+        else:
+            layers.append(Layer(name, role, (rows, columns), ranks[name]))
+    found = Factorisation(layers, total, total - sum(la.shape[0] * la.shape[1] - la.kept for la in layers))
+    if not found.factorised:
+        raise UserError("RG303", f"no layer becomes smaller: {layers[0].why}", fix="ask for smaller layers")
+    dense = [la for la in layers if la.rank is None]
+    if dense:
+        found.warnings.append(f"{len(dense)} layers stay dense, among them {dense[0].name}: {dense[0].why}")
+    if max(min(la.shape) for la in found.factorised) < SLOW_BELOW:
+        found.warnings.append(
+            f"the matrices are narrower than {SLOW_BELOW}, where two small products may take longer than a dense one"
+        )
+    return found
+
+
+def factorise(
+    model: Any,
+    options: LowRankOptions | None = None,
+    *,
+    moments: Mapping[str, Tensor] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Factorisation:
+    """Replace the chosen layers of a model by low-rank ones, in place, and record that in its configuration.
+
+    Args:
+        moments: second moments of the inputs of layers, (I, I) by name; where given, factors are whitened with them.
+        on_progress: called with (layers done, layers in all).
+
+    Raises:
+        UserError: as `plan`.
+    """
+    options = options or LowRankOptions()
+    found = plan(model, options)
+    modules = dict(model.named_modules())
+    measured = []
+    done = 0
+    for layer in found.layers:
+        if layer.rank is None:
+            measured.append(layer)
+            continue
+        module = modules[layer.name]
+        factors = _factors(module, layer, options, (moments or {}).get(layer.name))
+        replace(model, layer.name, factorised(module, factors.up, factors.down))
+        measured.append(Layer(layer.name, layer.role, layer.shape, layer.rank, "", factors.error, factors.best))
+        done += 1
+        if on_progress is not None:
+            on_progress(done, len(found.factorised))
+    found.layers = measured
+    record(model, "low_rank", {la.name: la.rank for la in found.factorised})
+    return found
+
+
+def input_moments(model: Any, batches: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Tensor]:
+    """The mean of x x^T over all inputs of some linear layers, (I, I) each, in float64; padding is left out."""
+    from regraft.train.tap import look
+
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    mask: list[Tensor | None] = [None]
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            if mask[0] is not None and x.shape[:2] == mask[0].shape:
+                x = x[mask[0].bool()]
+            rows = x.reshape(-1, x.shape[-1]).double()
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=x.device)) + rows.T @ rows
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                mask[0] = batch.get("attention_mask")
+                look(model, {key: value for key, value in batch.items() if key != "labels"})
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+def _factors(module: nn.Module, layer: Layer, options: LowRankOptions, moments: Tensor | None) -> Factors:
+    assert layer.rank is not None
+    weight = weight_of(module)
+    if moments is not None:
+        return whitened(weight, moments, layer.rank, where=layer.name)
+    sketch = options.svd == "randomized" or (options.svd == "auto" and min(weight.shape) > EXACT_UP_TO)
+    return truncated(weight, layer.rank, randomized=sketch, where=layer.name)
+
+
+def _ranks(
+    modules: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, ...]],
+    free: Sequence[str],
+    total: int,
+    options: LowRankOptions,
+) -> dict[str, int]:
+    """The rank of each layer that may be factorised."""
+    if options.rank is not None:
+        return {name: min(options.rank, *shapes[name]) for name in free}
+    if options.energy is not None:
+        return {name: _by_energy(weight_of(modules[name]), options.energy, name) for name in free}
+    if options.target_parameters is not None:
+        ratio = _solved(shapes, free, total, options.target_parameters)
+    else:
+        ratio = options.ratio if options.ratio is not None else 2.0
+    ranks = {name: rank_of(shapes[name][0], shapes[name][1], ratio) for name in free}
+    for name, rank in ranks.items():
+        if rank < 1:
+            rows, columns = shapes[name]
+            what = f"a ratio of {ratio:.4g} leaves {name} ({rows} x {columns}) a rank of {rank}"
+            raise UserError("RG303", what, fix="give a smaller ratio, or exclude its role")
+    return ranks
+
+
+def _by_energy(weight: Tensor, energy: float, where: str) -> int:
+    squares = spectrum(weight, where=where).double().square()
+    kept = squares.cumsum(0) / squares.sum()
+    return min(int((kept < energy).sum()) + 1, len(squares))
+
+
+def _solved(shapes: Mapping[str, tuple[int, ...]], free: Sequence[str], total: int, share: float) -> float:
+    """The smallest ratio at which the whole model keeps at most this share of its parameters."""
+    dense = sum(shapes[name][0] * shapes[name][1] for name in free)
+
+    def kept(ratio: float) -> int:
+        ranks = {name: rank_of(shapes[name][0], shapes[name][1], ratio) for name in free}
+        return total - dense + sum(ranks[name] * sum(shapes[name]) for name in free)
+
+    low, high = 1.0, 1000.0
+    if kept(high) > share * total:
+        least = (total - dense) / total
+        what = f"the layers that may be factorised cannot bring the model down to {share:.0%} of its parameters"
+        raise UserError("RG303", what, fix=f"ask for more than {least:.0%}, or include more roles")
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if kept(middle) <= share * total else (middle, high)
+    return high

@@ -1,0 +1,68 @@
+"""Linear layers become low-rank by a singular value decomposition, and nothing is trained.
+
+    W (O x I)  ~  B A,   A (r x I),  B (O x r),   singular values split evenly between the two
+
+The rank of a layer follows from `ratio` (r = floor(O I / (ratio (O + I))), so that its matrix keeps 1/ratio of its
+entries), from `energy` (the share of squared singular values kept), from `target_parameters` (one ratio for all layers
+is solved for), or is given. `init: whitened` makes the factors best for the outputs on data instead of for the weights
+(SVD-LLM, arXiv 2403.07378), which at equal rank is nearly always better and needs a few hundred examples.
+
+Use it as a baseline, or where there is no data to train on; with data, `pela` comes next to the original.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal
+
+from pydantic import Field
+
+from regraft.errors import UserError
+from regraft.resize import cost
+from regraft.resize.factorise import LowRankOptions, factorise, input_moments, plan
+from regraft.resize.surgery import load
+from regraft.train.batches import DataOptions, batches_for
+from regraft.train.data import open_data
+from regraft.train.making import Made, Work, chosen, maker
+
+
+class SvdOptions(LowRankOptions, DataOptions):
+    """Options of svd."""
+
+    init: Literal["svd", "whitened"] = Field("svd", description="best for the weights, or for outputs on the data")
+    calibration_rows: int = Field(256, ge=1, description="rows of the data that whitening looks at")
+    calibration_batch: int = Field(16, ge=1, description="rows per pass")
+
+
+@maker(
+    room="compress", summary="low-rank layers by singular value decomposition, without training", options=SvdOptions,
+    data="optional", same_tensors=lambda options: False,
+)  # fmt: skip
+def svd(work: Work[SvdOptions]) -> Made:
+    """Raises RG601 if whitening has no data."""
+    o = work.options
+    if o.init == "whitened" and work.data is None:
+        raise UserError("RG601", "whitening needs data", fix="add data: ..., or set init to svd")
+    model = load(work.models["model"])
+    original = load(work.models["model"])
+    moments = None
+    batch: dict[str, Any] | None = None
+    if work.data is not None:
+        rows = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
+        examples = list(itertools.islice(iter(rows), o.calibration_rows))
+        collate = batches_for(model, work.models["model"], examples[0], chosen(o, DataOptions), data=work.data).collate
+        size = o.calibration_batch
+        groups = [examples[i : i + size] for i in range(0, len(examples), size)]
+        batches = [collate(group, [0] * len(group)) for group in groups]
+        batch = batches[0]
+        if o.init == "whitened":
+            names = [layer.name for layer in plan(model, chosen(o, LowRankOptions)).factorised]
+            moments = input_moments(model, batches, names)
+    made = factorise(
+        model, chosen(o, LowRankOptions), moments=moments, on_progress=lambda done, n: work.tell(done, n, {})
+    )
+    diagnostics: dict[str, Any] = {"low_rank": made.to_dict()}
+    if batch is not None:
+        measured = cost.compared(original, model, batch)
+        diagnostics |= cost.summary(measured) | {"cost": measured}
+    return Made(model.eval(), diagnostics, made.warnings)

@@ -1,0 +1,276 @@
+"""Batches for what a model is: masked or next tokens, classes of texts or images, pairs of images and texts.
+
+`batches_for` looks at the model's architecture and at the first example, and gives the function that turns examples
+into a batch, labels included where the model has a loss of its own and the data has what that needs. Which tokens are
+masked is drawn from the seed of each example, see `regraft.train.objective`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from regraft.errors import UserError, nearest
+from regraft.inspect import images
+from regraft.inspect.answers import text_part
+from regraft.inspect.loading import Loaded, context_length, load_tokenizer
+from regraft.inspect.rows import Row
+from regraft.methods import Options
+from regraft.train.order import generator
+from regraft.train.tap import accepted
+from regraft.train.vocabulary import has_tokenizer
+
+IGNORED = -100
+
+
+class DataOptions(Options):
+    """Which columns of the data are what, and how texts become tokens."""
+
+    text: str = Field("text", description="column with texts")
+    text_pair: str | None = Field(None, description="column with a second text, for tasks on pairs")
+    label: str = Field("label", description="column with classes: names, or numbers")
+    image: str = Field("image", description="column with images: file names, nested lists from 0 to 255, or images")
+    pixel_values: str = Field("pixel_values", description="column with arrays that go into the model as they are")
+    max_length: int | None = Field(
+        None, ge=2, description="cut texts at this many tokens; else at what the model takes"
+    )
+    mask_probability: float = Field(0.15, gt=0, lt=1, description="share of tokens that masked models have to guess")
+    split: str | None = Field(None, description="split to take from a folder that holds several")
+    limit: int | None = Field(None, ge=1, description="use only this many rows, from the start")
+    stream: bool = Field(False, description="read the data row by row, in its order; needs max_steps")
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How examples become batches.
+
+    Attributes:
+        collate: examples and seeds -> batch.
+        kind: "masked", "causal", "text classes", "image classes", "pairs", "texts" or "images".
+        has_loss: whether the batches hold what the model's own loss needs.
+    """
+
+    collate: Callable[[Sequence[Mapping[str, Any]], Sequence[int]], dict[str, Any]]
+    kind: str
+    has_loss: bool
+
+
+def batches_for(
+    model: Any,
+    folder: Path,
+    example: Mapping[str, Any],
+    options: DataOptions | None = None,
+    *,
+    data: Path | None = None,
+    labels: bool = True,
+) -> Batches:
+    """The batches that a model takes.
+
+    Args:
+        model: what will run on them.
+        folder: the model's, with tokenizer and image processor.
+        example: the first one, whose columns decide.
+        options: names of columns, lengths.
+        data: the data's file or folder, which images are named relative to.
+        labels: make what the model's own loss needs; without it inputs come as they are, unmasked.
+
+    Raises:
+        UserError: RG601 for columns that are missing, RG602 for a tokenizer or processor that is.
+    """
+    o = options or DataOptions()
+    loaded = Loaded(model, model.config, folder, torch.device("cpu"))
+    home = folder if data is None else data if data.is_dir() else data.parent
+    takes = accepted(type(model))
+    sees, reads = "pixel_values" in takes, "input_ids" in takes
+    pixels = _pixels(loaded, example, o, home) if sees else None
+    if sees and reads:
+        return Batches(_pairs(_Texts(loaded, o), pixels, labels), "pairs", labels and "return_loss" in takes)
+    if sees:
+        has_loss = labels and "labels" in takes and _has(example, o.label) and _is_classifier(model)
+        return Batches(
+            _images(model, pixels, o if has_loss else None), "image classes" if has_loss else "images", has_loss
+        )
+    if not reads:
+        what = f"a {model.config.model_type} model takes neither texts nor images"
+        raise UserError("RG309", what, fix="write an objective whose collate makes its batches")
+    texts = _Texts(loaded, o)
+    _row(example).text(o.text)
+    name = type(model).__name__
+    if labels and "MaskedLM" in name:
+        return Batches(_masked(texts, o.mask_probability), "masked", True)
+    if labels and ("CausalLM" in name or name.endswith("LMHeadModel")):
+        return Batches(_causal(texts), "causal", True)
+    has_loss = labels and "SequenceClassification" in name and _has(example, o.label)
+    return Batches(_classes(model, texts, o if has_loss else None), "text classes" if has_loss else "texts", has_loss)
+
+
+class _Texts:
+    """Texts of examples as padded batches of tokens."""
+
+    def __init__(self, loaded: Loaded, options: DataOptions) -> None:
+        if not has_tokenizer(loaded.folder):
+            fix = "save the tokenizer beside the model"
+            raise UserError("RG602", "the model's folder has no tokenizer", where=str(loaded.folder), fix=fix)
+        self.tokenizer = load_tokenizer(text_part(loaded))
+        self.tokenizer.padding_side = "right"
+        self._options = options
+        self._length = options.max_length or min(context_length(loaded, self.tokenizer), 512)
+        if self.tokenizer.pad_token is None:
+            what = "the tokenizer has no token to pad with"
+            raise UserError("RG602", what, where=str(loaded.folder), fix="add a pad_token to its tokenizer_config.json")
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]], *, special: bool = False) -> dict[str, Tensor]:
+        rows = [_row(example) for example in examples]
+        texts: list[Any] = [row.text(self._options.text) for row in rows]
+        if self._options.text_pair:
+            texts = [(a, row.text(self._options.text_pair)) for a, row in zip(texts, rows, strict=True)]
+        encoded = self.tokenizer(
+            texts, truncation=True, max_length=self._length, padding=True, return_tensors="pt",
+            return_special_tokens_mask=special,
+        )  # fmt: skip
+        return dict(encoded)
+
+
+def masked_tokens(
+    ids: Tensor, open_to: Tensor, probability: float, mask: int, size: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """BERT's masking of one text: of the tokens that are chosen 80 % become the mask, 10 % any token, 10 % stay.
+
+    Args:
+        ids: (T,).
+        open_to: (T,), true where a token may be chosen; at least one of these is, so that no text is for nothing.
+        probability: of each token.
+        mask, size: the mask's id, and how many ids there are.
+        seed: what is drawn is a function of it.
+
+    Returns:
+        (ids with masks, labels with -100 where nothing is to be guessed).
+    """
+    source = generator(seed)
+    draws = torch.rand(3, len(ids), generator=source)
+    others = torch.randint(size, (len(ids),), generator=source)
+    chosen = (draws[0] < probability) & open_to
+    if bool(open_to.any()) and not bool(chosen.any()):
+        chosen[draws[0].masked_fill(~open_to, 2.0).argmin()] = True
+    labels = ids.masked_fill(~chosen, IGNORED)
+    result = torch.where(chosen & (draws[1] < 0.8), torch.full_like(ids, mask), ids)
+    return torch.where(chosen & (draws[1] >= 0.9), others.to(ids.dtype), result), labels
+
+
+def _masked(texts: _Texts, probability: float) -> Callable[..., dict[str, Any]]:
+    tokenizer = texts.tokenizer
+    if tokenizer.mask_token_id is None:
+        raise UserError("RG602", "the tokenizer has no mask token", fix="use the tokenizer of a masked language model")
+
+    def collate(examples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+        batch = texts(examples, special=True)
+        open_to = ~batch.pop("special_tokens_mask").bool()
+        lengths = batch["attention_mask"].sum(1).tolist()
+        batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+        for i, (length, seed) in enumerate(
+            zip(lengths, seeds, strict=True)
+        ):  # without padding, which depends on others
+            ids, labels = masked_tokens(
+                batch["input_ids"][i, :length], open_to[i, :length], probability, tokenizer.mask_token_id,
+                len(tokenizer), seed,
+            )  # fmt: skip
+            batch["input_ids"][i, :length], batch["labels"][i, :length] = ids, labels
+        return batch
+
+    return collate
+
+
+def _causal(texts: _Texts) -> Callable[..., dict[str, Any]]:
+    def collate(examples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+        batch = texts(examples)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        return {**batch, "labels": labels}
+
+    return collate
+
+
+def _classes(model: Any, texts: _Texts, labelled: DataOptions | None) -> Callable[..., dict[str, Any]]:
+    def collate(examples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+        batch: dict[str, Any] = dict(texts(examples))
+        if labelled is not None:
+            batch["labels"] = _labels(model, examples, labelled.label)
+        return batch
+
+    return collate
+
+
+def _images(model: Any, pixels: Any, labelled: DataOptions | None) -> Callable[..., dict[str, Any]]:
+    def collate(examples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+        batch: dict[str, Any] = {"pixel_values": pixels(examples)}
+        if labelled is not None:
+            batch["labels"] = _labels(model, examples, labelled.label)
+        return batch
+
+    return collate
+
+
+def _pairs(texts: _Texts, pixels: Any, with_loss: bool) -> Callable[..., dict[str, Any]]:
+    def collate(examples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+        batch = {**texts(examples), "pixel_values": pixels(examples)}
+        return {**batch, "return_loss": True} if with_loss else batch
+
+    return collate
+
+
+def _pixels(loaded: Loaded, example: Mapping[str, Any], o: DataOptions, home: Path) -> Callable[..., Tensor]:
+    if _has(example, o.pixel_values):
+        config = getattr(loaded.config, "vision_config", loaded.config)
+        channels = int(getattr(config, "num_channels", 3))
+
+        def arrays(examples: Sequence[Mapping[str, Any]]) -> Tensor:
+            return torch.stack([images.pixel_values(_row(e), o.pixel_values, channels) for e in examples])
+
+        return arrays
+    _row(example).get(o.image)
+    processor = images.load_processor(loaded)
+
+    def pictures(examples: Sequence[Mapping[str, Any]]) -> Tensor:
+        prepared = processor(images=[images.picture(_row(e), o.image, home) for e in examples], return_tensors="pt")
+        values: Tensor = prepared["pixel_values"]
+        return values
+
+    return pictures
+
+
+def _labels(model: Any, examples: Sequence[Mapping[str, Any]], column: str) -> Tensor:
+    config = model.config
+    if config.problem_type == "regression" or config.num_labels == 1:
+        return torch.tensor([float(_row(e).get(column)) for e in examples])
+    return torch.tensor([_class(_row(e), column, config) for e in examples])
+
+
+def _class(row: Row, column: str, config: Any) -> int:
+    value = row.get(column)
+    if isinstance(value, str):
+        known = {str(name): int(number) for number, name in config.id2label.items()}
+        if value not in known:
+            fix = nearest(value, known)
+            raise UserError("RG601", f"the model has no label {value!r}", where=row.where, fix=fix)
+        return known[value]
+    if not isinstance(value, (int, float)) or int(value) != value or not 0 <= value < config.num_labels:
+        fix = f"use a name, or a number from 0 to {config.num_labels - 1}"
+        raise UserError("RG601", f"the model has no label {value!r}", where=row.where, fix=fix)
+    return int(value)
+
+
+def _is_classifier(model: Any) -> bool:
+    return "Classification" in type(model).__name__
+
+
+def _has(example: Mapping[str, Any], column: str) -> bool:
+    return example.get(column) is not None
+
+
+def _row(example: Mapping[str, Any]) -> Row:
+    return Row("the data", example)

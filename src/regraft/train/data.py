@@ -1,0 +1,95 @@
+"""Data to train on: `datasets` objects as they are, files and folders as examples with numbers, or as streams.
+
+A file of JSON Lines, CSV, text or arrays is held in memory as rows; Parquet, Arrow and folders (of images, too) are
+memory-mapped by `datasets`. As a stream, anything that `regraft evaluate` reads is read row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import UserError
+from regraft.inspect.rows import need, read_rows
+
+_MAPPED = (".parquet", ".arrow")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class RowStream:
+    """The rows of a file or folder, read anew each time they are iterated."""
+
+    def __init__(self, path: Path, split: str | None = None) -> None:
+        self._path, self._split = path, split
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return (row.values for row in read_rows(self._path, split=self._split))
+
+
+def open_data(path: Path, *, split: str | None = None, stream: bool = False, limit: int | None = None) -> Any:
+    """Examples of a data file or folder.
+
+    Args:
+        path: what to read.
+        split: of a folder that holds several.
+        stream: read it row by row, in its order, instead of holding or mapping it.
+        limit: the first rows only; not for streams.
+
+    Raises:
+        UserError: RG601 for data that is missing, damaged or of an unknown format, RG602 without the package datasets.
+    """
+    if stream:
+        next(read_rows(path, split=split, limit=1))  # so that what is wrong is said now
+        return RowStream(path, split)
+    if path.is_dir() or path.suffix.lower() in _MAPPED:
+        mapped = _mapped(path, split)
+        return mapped if limit is None else mapped.select(range(min(limit, len(mapped))))
+    return [row.values for row in read_rows(path, split=split, limit=limit)]
+
+
+def _mapped(path: Path, split: str | None) -> Any:
+    datasets = need("datasets", "data", f"reading {path.name}")
+    try:
+        if not path.is_dir():
+            loaded = datasets.load_dataset(path.suffix.lower()[1:], data_files=str(path))
+        elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(str(path))
+        elif any(p.suffix.lower() in _PICTURES for p in path.rglob("*")):
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(path))
+        else:
+            loaded = datasets.load_dataset(str(path))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"the data cannot be read: {first}"
+        raise UserError("RG601", what, where=str(path), fix="check the file, or use JSON Lines") from None
+    if not isinstance(loaded, Mapping):
+        return _Named(loaded, datasets)
+    wanted = split if path.is_dir() else None
+    if wanted is None and len(loaded) == 1:
+        return _Named(next(iter(loaded.values())), datasets)
+    if wanted not in loaded:
+        what = f"there is no split {wanted!r}" if wanted else f"the folder holds {len(loaded)} splits"
+        raise UserError("RG601", what, where=str(path), fix=f"set split to one of {', '.join(loaded)}")
+    return _Named(loaded[wanted], datasets)
+
+
+class _Named(Sequence[Mapping[str, Any]]):
+    """A dataset whose class labels are names, as they are elsewhere: models may number classes in another order."""
+
+    def __init__(self, data: Any, datasets: Any) -> None:
+        self._data, self._datasets = data, datasets
+        self._labels = {k: f for k, f in (data.features or {}).items() if isinstance(f, datasets.ClassLabel)}
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, number: Any) -> Any:
+        values = dict(self._data[number])
+        for name, feature in self._labels.items():
+            if values[name] is not None and values[name] >= 0:
+                values[name] = feature.int2str(values[name])
+        return values
+
+    def select(self, numbers: range) -> _Named:
+        return _Named(self._data.select(numbers), self._datasets)

@@ -1,0 +1,115 @@
+"""A frozen model that teaches: eval mode, no gradients, possibly on another device, its outputs kept on disk if wanted.
+
+What a teacher says of an input is kept under the content of that input (and the teacher's own), example by example and
+without padding, so that another order, another size of batches or another run finds it again. That pays where the data
+is fixed; inputs that are augmented or masked anew each time are never found again, which is why it has to be asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.train.feature_cache import FeatureCache
+from regraft.train.tap import Seen, Signal, look
+
+_MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+@dataclass
+class Output:
+    """What is kept of a teacher's output."""
+
+    logits: Tensor | None
+
+
+@dataclass
+class Teacher:
+    """Runs a frozen model on batches.
+
+    Attributes:
+        model: put into eval mode, its parameters frozen, moved to `device` if that is given.
+        signals: what to look at inside it; set by the objective.
+        device: where it computes; the batch's own device if None. What it says comes back to the batch's device.
+        cache: where its outputs are kept, or None.
+    """
+
+    model: Any
+    signals: Sequence[Signal] = ()
+    device: torch.device | str | None = None
+    cache: FeatureCache | None = None
+    passes: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+        if self.device is not None:
+            self.model.to(self.device)
+
+    def __call__(self, batch: Mapping[str, Any]) -> Seen:
+        """What the teacher makes of a batch: logits, if it has a head, and the signals. Labels are not shown to it."""
+        inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
+        home = next(iter(inputs.values())).device
+        if self.cache is None:
+            return self._run(inputs, home)
+        return self._cached(inputs, home)
+
+    def _run(self, inputs: Mapping[str, Tensor], home: torch.device) -> Seen:
+        self.passes += 1
+        target = torch.device(self.device) if self.device is not None else home
+        if next(self.model.parameters()).device != target:
+            self.model.to(target)
+        self.model.eval()
+        with torch.no_grad():
+            seen = look(self.model, {name: value.to(target) for name, value in inputs.items()}, self.signals)
+        logits = getattr(seen.output, "logits", None)
+        output = Output(logits.to(home) if logits is not None else None)
+        return Seen(self.model, output, {signal: value.to(home) for signal, value in seen.signals.items()})
+
+    def _cached(self, inputs: Mapping[str, Tensor], home: torch.device) -> Seen:
+        assert self.cache is not None
+        keys = self.cache.keys(inputs, [repr(signal) for signal in self.signals])
+        found = [self.cache.read(key) for key in keys]
+        if any(one is None for one in found):
+            seen = self._run(inputs, home)
+            parts = {repr(signal): value for signal, value in seen.signals.items()}
+            if seen.output.logits is not None:
+                parts["logits"] = seen.output.logits
+            for i, key in enumerate(keys):
+                if found[i] is None:
+                    self.cache.write(key, {name: _kept(value[i], inputs, i) for name, value in parts.items()})
+            return seen
+        rows = [one for one in found if one is not None]
+        whole = {name: torch.stack([_spread(row[name], inputs, i) for i, row in enumerate(rows)]) for name in rows[0]}
+        logits = whole.pop("logits", None)
+        signals = {signal: whole[repr(signal)].to(home) for signal in self.signals}
+        return Seen(self.model, Output(logits.to(home) if logits is not None else None), signals)
+
+
+def _valid(value_length: int, inputs: Mapping[str, Tensor], row: int) -> Tensor | None:
+    """The mask of valid positions of one example whose padded length is `value_length`; None if it has none."""
+    for name in _MASKS:
+        mask = inputs.get(name)
+        if mask is not None and mask.ndim == 2 and mask.shape[1] == value_length:
+            return mask[row].bool().cpu()
+    return None
+
+
+def _kept(value: Tensor, inputs: Mapping[str, Tensor], row: int) -> Tensor:
+    """One example's part of an output (T, ...) without its padding."""
+    mask = _valid(value.shape[0], inputs, row) if value.ndim > 1 else None
+    return value.cpu() if mask is None else value.cpu()[mask]
+
+
+def _spread(value: Tensor, inputs: Mapping[str, Tensor], row: int) -> Tensor:
+    """The inverse: zeros where padding was."""
+    for name in _MASKS:
+        mask = inputs.get(name)
+        if value.ndim > 1 and mask is not None and mask.ndim == 2 and int(mask[row].sum()) == value.shape[0]:
+            whole = value.new_zeros((mask.shape[1], *value.shape[1:]))
+            whole[mask[row].bool().cpu()] = value
+            return whole
+    return value
