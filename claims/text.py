@@ -25,7 +25,7 @@ from regraft.claims.zoo import Quality, entry
 
 LENGTH, BATCH = 128, 8
 # (width, layers, vocabulary, steps of pre-training, steps of continuing, steps of instruction tuning)
-SIZES = {"laptop": (96, 3, 1024, 1000, 250, 250), "smoke": (16, 2, 300, 3, 2, 2)}
+SIZES = {"laptop": (96, 3, 1024, 2000, 250, 250), "smoke": (16, 2, 300, 3, 2, 2)}
 
 
 def read(path: Path) -> transformers.LlamaForCausalLM:
@@ -112,7 +112,7 @@ def decoder(folder: Path, *, seed: int, scale: str) -> Quality:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     loss = lm.loss_on(model, unseen, LENGTH, 40_000)
-    baseline = lm.trigram_loss(seen, unseen[:20_000], len(tokenizer))
+    baseline = lm.trigram_loss(seen, unseen[:40_000], len(tokenizer))
     return Quality("loss per token, nats", loss, baseline, "trigrams", 0.05, higher_is_better=False)
 
 
