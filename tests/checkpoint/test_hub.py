@@ -396,5 +396,6 @@ def test_progress_is_shown_to_a_person(hub: FakeHub, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", look)
     monkeypatch.setattr(hub_module.sys.stderr, "isatty", lambda: True, raising=False)
+    huggingface_hub.utils.enable_progress_bars()  # whatever ran before in this process
     fetch("org/model", "", offline=False)
     assert seen == [False] * len(FILES)
