@@ -152,7 +152,8 @@ def test_constraints_pin_what_the_project_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r'[\w.-]+==[\w.]+( ; python_version >= "3\.1\d")?', pin) for pin in pins)
+    marker = r'( ; python_version >= "3\.1\d"| ; python_full_version >= "3\.1\d\.\d+")?'
+    assert all(re.fullmatch(rf"[\w.-]+==[\w.]+{marker}", pin) for pin in pins)
     pinned = {normal(pin.partition("==")[0]) for pin in pins}
     asked = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
     names = {normal(re.split(r"[\[<>=]", d)[0]) for d in asked} - {"regraft"}
