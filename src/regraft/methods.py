@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from regraft.errors import UserError, nearest
 
@@ -97,3 +98,26 @@ def method(room: str, name: str, *, where: str = "") -> Any:
     if name not in known:
         raise UserError("RG301", f"unknown {room} method {name!r}", where=where, fix=nearest(name, known))
     return known[name]
+
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+
+
+def validated(name: str, options: type[O], values: Mapping[str, Any], *, where: str = "") -> O:
+    """The options of the method `name`, from values that a user gives.
+
+    Raises:
+        UserError: RG302 for an unknown option, RG303 for a value out of range.
+    """
+    for option in values:
+        if option not in options.model_fields:
+            fix = nearest(option, options.model_fields)
+            raise UserError("RG302", f"{name} has no option {option!r}", where=where, fix=fix)
+    try:
+        return options(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        wrong = ".".join(str(part) for part in first["loc"])
+        what = f"{wrong} is {first['input']!r}: {message[0].lower()}{message[1:]}" if wrong else message
+        raise UserError("RG303", what, where=where or name, fix=f"change {wrong or 'the options'}") from None

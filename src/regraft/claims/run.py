@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +19,7 @@ from regraft.claims.paper_scale import Inputs
 from regraft.claims.results import Results, results_of, surroundings
 from regraft.claims.zoo import NotGoodEnoughError, models_used
 from regraft.errors import UserError
+from regraft.merge.engine import one_thread_each
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def perform(task: Task) -> dict[str, Any]:
     """Run one seed in this process: its figures, the models that it used, and the processor time that it took."""
     claim = load(task.path).claim
     started = time.process_time()
-    with models_used() as models, _one_thread():
+    with models_used() as models, one_thread_each():
         torch.manual_seed(task.seed)
         if task.inputs is not None and claim.at_paper_scale is not None:
             figures = claim.at_paper_scale(task.seed, task.inputs)
@@ -139,14 +139,3 @@ def _perform(task: Task) -> tuple[Task, Outcome]:
         return task, perform(task)
     except NotGoodEnoughError as error:
         return task, error
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Models of this size are no faster on more threads, and sums would depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from regraft.errors import UserError, nearest
-from regraft.methods import Method, Options, Paper, register
+from regraft.methods import Method, Options, Paper, register, validated
 
 
 class Answer(BaseModel):
@@ -106,17 +105,7 @@ class Metric(Method, Generic[O]):
         Raises:
             UserError: RG302 for an unknown option, RG303 for a value out of range.
         """
-        for name in values:
-            if name not in self.options.model_fields:
-                fix = nearest(name, self.options.model_fields)
-                raise UserError("RG302", f"{self.name} has no option {name!r}", where=where, fix=fix)
-        try:
-            return self.options(**values)  # type: ignore[return-value]
-        except ValidationError as error:
-            first = error.errors()[0]
-            option = ".".join(str(part) for part in first["loc"])
-            what = f"{option} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-            raise UserError("RG303", what, where=where or self.name, fix=f"change {option}") from None
+        return validated(self.name, self.options, values, where=where)  # type: ignore[return-value]
 
     def __call__(self, model: Path | str, data: Path | str, **options: Any) -> Score:
         """Measure a model: `accuracy("out/merged", "test.jsonl", limit=100)`.

@@ -149,7 +149,7 @@ class _Run:
         keep_pages()
         if self._device.type == "cpu":
             import regraft.merge.native  # noqa: F401 - here, as a failure to load it in a worker could be a deadlock
-        with _one_thread_each():
+        with one_thread_each():
             threads = [threading.Thread(target=self._work, name=f"merge-{i}", daemon=True) for i in range(workers)]
             for thread in threads:
                 thread.start()
@@ -384,7 +384,7 @@ class _Run:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Parallelism comes from the workers; a kernel that splits its own work would change the order of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -17,11 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import ValidationError
-
 from regraft.checkpoint import open_checkpoint
-from regraft.errors import UserError, nearest
-from regraft.methods import Method, Options, Paper, register
+from regraft.errors import UserError
+from regraft.methods import Method, Options, Paper, register, validated
 
 O = TypeVar("O", bound=Options)  # noqa: E741
 
@@ -87,18 +85,7 @@ class Maker(Method, Generic[O]):
         Raises:
             UserError: RG302 for an unknown option, RG303 for a value out of range.
         """
-        for name in values:
-            if name not in self.options.model_fields:
-                fix = nearest(name, self.options.model_fields)
-                raise UserError("RG302", f"{self.name} has no option {name!r}", where=where, fix=fix)
-        try:
-            return self.options(**values)  # type: ignore[return-value]
-        except ValidationError as error:
-            first = error.errors()[0]
-            message = first["msg"].removeprefix("Value error, ")
-            option = ".".join(str(part) for part in first["loc"])
-            what = f"{option} is {first['input']!r}: {message[0].lower()}{message[1:]}" if option else message
-            raise UserError("RG303", what, where=where or self.name, fix=f"change {option or 'the options'}") from None
+        return validated(self.name, self.options, values, where=where)  # type: ignore[return-value]
 
     def __call__(
         self,
