@@ -7,7 +7,8 @@ all entries in units of the last place. Rules that draw are compared in distribu
 environment of mergekit's own.
 
 Arithmetic in float64 shows whether both compute the same function: what is left then is one rounding. In float32 the
-results also hold the rounding errors of each tool. Entries that tie at a threshold are counted apart.
+results also hold the rounding errors of each tool; how far each is from mergekit's float64 tells whose they are.
+Entries that tie at a threshold are counted apart.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ import models as tiny
 
 FAMILIES = ("llama", "qwen2", "mistral", "gpt2", "bert", "roberta", "t5", "vit")
 SLICED = ("llama", "qwen2", "mistral", "gpt2")  # mergekit stacks layers of what its tables know
+MODULES = {"t5": ("encoder", "decoder", "shared")}
 # What mergekit's tables describe: heads, poolers, gated units.
 KINDS = {
     "bert": (transformers.BertForSequenceClassification, {}),
@@ -92,22 +94,28 @@ CASES = {
     "arcee_fusion": Case(models=("a",), varied=""),
     "passthrough": Case(models=("a",), base=None, varied="scale"),
 }
-VARIANTS = ("plain", "filters", "gradient", "slices")
+VARIANTS = ("plain", "filters", "gradient", "slices", "modules", "state-dict")
 RUNS = ((0, 3), (2, LAYERS))  # what the slices hold, of which the second begins at the result's layer 3
 
 # Runs in mergekit's environment: one process for all cells, since it takes seconds to start.
 DRIVER = """
 import json, sys
 from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
 import yaml
 for line in sys.stdin:
     job = json.loads(line)
     try:
-        config = MergeConfiguration.model_validate(yaml.safe_load(open(job["recipe"])))
+        written = yaml.safe_load(open(job["recipe"]))
         options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False, random_seed=1)
-        run_merge(config, job["out"], options=options)
+        if job["recipe"].endswith(".state-dict.yaml"):
+            config = RawPyTorchMergeConfig.model_validate(written)
+            Executor(plan_flat_merge(config, job["out"], False, False, options)).execute()
+        else:
+            run_merge(MergeConfiguration.model_validate(written), job["out"], options=options)
         said = ""
     except Exception as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0][:200] or "failed"
@@ -121,7 +129,8 @@ class Cell:
 
     `dtype` is that of inputs and result. `tied` counts entries that share the score of a threshold, of which mergekit
     keeps some and regraft all. Of the others `worst` is the largest difference in units of the last place, and `apart`
-    counts those beyond one unit.
+    counts those beyond one unit. In float32 arithmetic `off` and `peer_off` are how far regraft's and mergekit's
+    entries are from what mergekit computes in float64, at most; entries that tie are left out.
     """
 
     rule: str
@@ -133,6 +142,8 @@ class Cell:
     worst: float = 0.0
     apart: int = 0
     tied: int = 0
+    off: float | None = None
+    peer_off: float | None = None
     refused: str = ""
 
     @property
@@ -237,6 +248,9 @@ def recipe(cell: Cell, names: Sequence[str]) -> dict[str, Any] | None:
         return None
     if variant == "slices" and cell.family not in SLICED:
         return None
+    if variant == "modules" and cell.family not in MODULES:
+        return None
+    suffix = "/model.safetensors" if variant == "state-dict" else ""
     each = [{k: v[i] for k, v in case.each.items()} for i in range(len(case.models))]
     values = dict(case.values)
     if variant == "filters":
@@ -246,16 +260,31 @@ def recipe(cell: Cell, names: Sequence[str]) -> dict[str, Any] | None:
         vary(each, values, case, lambda value: [value, value / 3, value / 2])
     written: dict[str, Any] = {"merge_method": cell.rule}
     if case.base is not None:
-        written["base_model"] = f"./{case.base}"
-    entries = [{"model": f"./{m}", **({"parameters": e} if e else {})} for m, e in zip(case.models, each, strict=True)]
+        written["base_model"] = f"./{case.base}{suffix}"
+    entries = entries_of(case, each, suffix)
     if variant == "slices":
         if case.base is not None and case.base not in case.models:
             entries.append({"model": f"./{case.base}"})  # mergekit wants the base among the sources
         written["slices"] = [{"sources": [{**e, "layer_range": list(run)} for e in entries]} for run in RUNS]
+    elif variant == "modules":
+        written["modules"] = {name: {"models": entries} for name in MODULES[cell.family]}
+        if case.varied:  # the first module is merged by settings of its own
+            other, own = [dict(e) for e in each], dict(values)
+            vary(other, own, case, lambda value: value / 2)
+            first = {"models": entries_of(case, other, suffix), **({"parameters": own} if own != values else {})}
+            written["modules"][MODULES[cell.family][0]] = first
     else:
         written["models"] = entries
     options = {"parameters": values} if values else {}
     return {**written, **options, "dtype": cell.arithmetic, "out_dtype": cell.dtype}
+
+
+def entries_of(case: Case, each: Sequence[Mapping[str, Any]], suffix: str) -> list[dict[str, Any]]:
+    """The list of models, with the options of each."""
+    return [
+        {"model": f"./{model}{suffix}", **({"parameters": dict(own)} if own else {})}
+        for model, own in zip(case.models, each, strict=True)
+    ]
 
 
 def vary(each: list[dict[str, Any]], values: dict[str, Any], case: Case, change: Any) -> None:
@@ -279,11 +308,11 @@ def compared(cell: Cell, folder: Path, ask: Callable[[Path, Path], str]) -> Cell
     """Both tools on one recipe."""
     here = folder / cell.family / cell.dtype
     base = load_file(here / "base" / "model.safetensors")
-    path = here / f"{cell.file}.yaml"
+    path = here / f"{cell.file}.{cell.variant}.yaml"
     path.write_text(yaml.safe_dump(recipe(cell, list(base)), sort_keys=False), encoding="utf-8")
     ours, theirs = (here / f"{cell.file}-{tool}" for tool in ("regraft", "mergekit"))
     # mergekit looks paths up from where it runs.
-    absolute = here / f"{cell.file}-absolute.yaml"
+    absolute = here / f"absolute-{path.name}"
     absolute.write_text(path.read_text(encoding="utf-8").replace("./", f"{here}/"), encoding="utf-8")
     if said := ask(absolute, theirs):
         cell.refused = f"mergekit: {said.replace(str(here), '.')}"
@@ -293,13 +322,19 @@ def compared(cell: Cell, folder: Path, ask: Callable[[Path, Path], str]) -> Cell
     except UserError as error:
         cell.refused = f"regraft: {error.code}: {error}".replace(str(here), ".")
         return cell
-    measure(cell, load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors"), here)
-    for folder in (ours, theirs):
-        shutil.rmtree(folder)
+    exact = here / f"{replace(cell, arithmetic='float64').file}-mergekit"  # made for the cell before
+    results = [load_file(made / "model.safetensors") for made in (ours, theirs, exact)]
+    measure(cell, *results, here)
+    shutil.rmtree(ours)
+    if cell.arithmetic != "float64":
+        shutil.rmtree(theirs)
+        shutil.rmtree(exact)
     return cell
 
 
-def measure(cell: Cell, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], here: Path) -> None:
+def measure(
+    cell: Cell, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], exact: Mapping[str, Tensor], here: Path
+) -> None:
     """Fill in how far the results are apart, in units of the last place of the largest number involved in an entry."""
     models = [load_file(here / name / "model.safetensors") for name in ("base", "a", "b")]
     for name, b in theirs.items():
@@ -314,11 +349,10 @@ def measure(cell: Cell, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
         if not a.is_floating_point() or not a.numel():
             continue
         inputs = torch.stack([m[source_name(name) if cell.variant == "slices" else name].double() for m in models])
-        size = torch.cat([inputs, a.double()[None], b.double()[None]]).abs().amax(0)
-        unit = torch.finfo(a.dtype).eps * torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-30))))
-        units = ((a.double() - b.double()).abs() / unit).flatten()
+        units = distance(a, b, inputs)
         cell.entries += a.numel()
         apart = units > 1
+        same_score = torch.zeros_like(apart)
         if cell.rule in THRESHOLDS and bool(apart.any()):
             same_score = at_threshold(apart, scores(cell.rule, inputs.flatten(1)), THRESHOLDS[cell.rule])
             cell.tied += int(same_score.sum())
@@ -326,6 +360,20 @@ def measure(cell: Cell, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
             units[same_score] = 0
         cell.worst = max(cell.worst, float(units.max()))
         cell.apart += int(apart.sum())
+        if cell.arithmetic != "float64":
+            off, peer_off = (distance(made, exact[name], inputs)[~same_score] for made in (a, b))
+            cell.off = max(cell.off or 0.0, float(off.max())) if len(off) else cell.off
+            cell.peer_off = max(cell.peer_off or 0.0, float(peer_off.max())) if len(peer_off) else cell.peer_off
+
+
+def distance(a: Tensor, b: Tensor, inputs: Tensor) -> Tensor:
+    """How far two results are apart, (L,), in units of the last place of the largest number involved in an entry.
+
+    `inputs` are what the entries were made from, (3, ...) in float64.
+    """
+    size = torch.cat([inputs, a.double()[None], b.double()[None]]).abs().amax(0)
+    unit = torch.finfo(a.dtype).eps * torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-30))))
+    return ((a.double() - b.double()).abs() / unit).flatten()
 
 
 def source_name(name: str) -> str:

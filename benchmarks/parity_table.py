@@ -87,8 +87,18 @@ def _remarks(cells: Sequence[Mapping[str, Any]], rules: Sequence[str]) -> list[s
             entries = sum(c["entries"] for c in these)
             for key, what in (("apart", "differ by more than a unit"), ("tied", "tie at a threshold")):
                 if count := sum(c[key] for c in these):
-                    lines.append(f"- `{rule}`, {dtype}: {count:,} of {entries:,} entries {what}")
+                    text = f"- `{rule}`, {dtype}: {count:,} of {entries:,} entries {what}"
+                    lines.append(text + (_whose(these) if key == "apart" else ""))
     return lines
+
+
+def _whose(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Which of the tools the rounding belongs to: how far each is from mergekit's float64."""
+    measured = [c for c in cells if c.get("off") is not None]
+    if not measured:
+        return ""
+    own, peer = (max(c[key] for c in measured) for key in ("off", "peer_off"))
+    return f"; regraft is up to {own:.2g} units from mergekit's float64, mergekit's float32 up to {peer:.2g}"
 
 
 def _cell(cells: Sequence[Mapping[str, Any]]) -> str:

@@ -296,20 +296,25 @@ def test_the_comparison_with_mergekit_sees_what_differs(tmp_path: Path) -> None:
     python.chmod(0o755)
     parity = module("mergekit_parity")
     cells = list(parity.compare(tmp_path / "work", python, ["linear", "slerp", "passthrough"], ["llama"]))
-    assert len(cells) == 3 * 2 * 4 * 2
+    assert len(cells) == 3 * 2 * 5 * 2  # dtypes, ways of writing, arithmetic
     for cell in cells:
         expected = {"linear": (0, ""), "slerp": (1, ""), "passthrough": (0, "mergekit: it broke")}[cell.rule]
         assert (cell.apart, cell.refused) == expected, cell
         assert cell.worst > 30 if cell.rule == "slerp" else cell.worst == 0
+        if cell.refused or cell.arithmetic == "float64":
+            assert cell.off is cell.peer_off is None
+        else:  # the stand-in errs in float64 as well, so the difference is not its rounding
+            assert cell.peer_off < 3
+            assert cell.off > 30 if cell.rule == "slerp" else cell.off == cell.peer_off
     results = {"cells": [vars(c) for c in cells], "machine": {"mergekit": {"mergekit": "9"}}, "date": "2026-01-01"}
     shown = module("parity_table").markdown(results)
     assert "| `linear` | 0 / 0 |" in shown
     assert "| `passthrough` | refused / refused |" in shown
-    said = "in 8 of 24 recipes all entries agree to one unit, in 8 some do not, 8 stop one of the tools."
+    said = "in 10 of 30 recipes all entries agree to one unit, in 10 some do not, 10 stop one of the tools."
     for arithmetic in ("float32", "float64"):
         assert f"Both computing in {arithmetic}: {said}" in shown
-    assert "- `slerp`, float32: 4 of " in shown
-    assert " entries differ by more than a unit" in shown
+    assert "- `slerp`, float32: 5 of " in shown
+    assert " entries differ by more than a unit; regraft is up to " in shown
 
 
 def test_entries_that_share_the_score_of_a_threshold_are_told_from_others() -> None:

@@ -22,7 +22,7 @@ from regraft.merge.jobs import Job, group
 from regraft.merge.rule import Rule, one_model_fields
 from regraft.methods import method
 from regraft.recipe.adapters import combine_adapters
-from regraft.recipe.build import Builder
+from regraft.recipe.build import Builder, Piece
 from regraft.recipe.document import STATE_DICT, MergeStep
 from regraft.recipe.fit import Member, check_architecture, check_config, check_tokenizers
 from regraft.recipe.parts import check_modules, parts_of, same_model
@@ -155,6 +155,45 @@ def options_of(job: Job) -> dict[str, Any] | None:
     return options
 
 
+@dataclass(frozen=True)
+class _Cast:
+    """Who takes part in a step, and how their tensors are laid out."""
+
+    members: Mapping[str, Member]  # all that the step names
+    template: Member
+    base: Member | None
+    bases: tuple[Member, ...]
+    inputs: tuple[Member, ...]
+    layouts: Mapping[str, Layout]
+
+    @property
+    def givers(self) -> list[Member]:
+        """The bases, that of the step first."""
+        return [*([self.base] if self.base else []), *self.bases]
+
+    @property
+    def others(self) -> list[Member]:
+        """All but the template, each once."""
+        return [m for m in dict.fromkeys([*self.inputs, *self.givers]) if m is not self.template]
+
+    @property
+    def own(self) -> Layout:
+        return self.layouts[self.template.name]
+
+
+def _cast(step: MergeStep, members: Mapping[str, Member], pieces: Sequence[Piece], *, flat: bool) -> _Cast:
+    base = members[step.base] if step.base else None
+    inputs = tuple(members[n] for n in dict.fromkeys(i.model for p in pieces for i in p.inputs))
+    bases = tuple(members[n] for n in dict.fromkeys(p.base for p in pieces if p.base is not None))
+    everyone = [*([base] if base else []), *bases, *inputs]
+    template = members[step.config_from] if step.config_from else everyone[0]
+    layouts = {
+        m.name: flat_layout() if flat else layout(m.checkpoint.config, [*m.checkpoint.tensors])
+        for m in dict.fromkeys([template, *everyone])
+    }
+    return _Cast(members, template, base, bases, inputs, layouts)
+
+
 def plan_merge(
     step: MergeStep, members: Mapping[str, Member], settings: Settings, *, planned: bool = False
 ) -> MergePlan:
@@ -172,96 +211,101 @@ def plan_merge(
     if tensors != "same" and not flat:
         what = f"{tensors} tensors can be asked for of state dicts only"
         raise UserError("RG309", what, where=step.where, fix="leave it out, or add output: state-dict")
-    base = members[step.base] if step.base else None
     parts = parts_of(step, rule, members)
     pieces = [piece for part in parts for piece in part.pieces]
-    used = list(dict.fromkeys(i.model for p in pieces for i in p.inputs))
-    inputs = tuple(members[n] for n in used)
-    bases = tuple(members[n] for n in dict.fromkeys(p.base for p in pieces if p.base is not None))
-    givers = [*([base] if base else []), *bases]
-    template = members[step.config_from] if step.config_from else [*givers, *inputs][0]
-    everyone = [m for m in dict.fromkeys([*inputs, *givers]) if m is not template]
-    layouts = {
-        m.name: flat_layout() if flat else layout(m.checkpoint.config, [*m.checkpoint.tensors])
-        for m in [template, *everyone]
-    }
-    own = layouts[template.name]
+    cast = _cast(step, members, pieces, flat=flat)
     excluded = compile_patterns(step.exclude, step.where)
-    sliced = any(part.stacked for part in parts)
-    remarks: list[str] = []
-    vocabulary = None
-    if not flat:
-        if not sliced:
-            check_architecture(template, everyone, layouts, where=step.where)
-        vocabulary = _vocabulary(step, members, [*givers, *inputs, template], layouts)
-        remarks += vocabulary.remarks if vocabulary is not None else ()
-        remarks += check_config(
-            template,
-            everyone,
-            layouts,
-            decided=bool(step.config_from) or sliced,
-            excluded=excluded,
-            settled=[own.vocabulary_key] if vocabulary is not None else [],
-            where=step.where,
-        )
-        embedding = any(own.place(n).role == "embedding" and _kept(n, excluded) for n in template.checkpoint.tensors)
-        free = bool(step.tokenizer_from) or not embedding or step.dialect == "mergekit"
-        if vocabulary is None:
-            remarks += check_tokenizers(template, everyone, layouts, decided=free, where=step.where)
+    vocabulary, remarks = (None, []) if flat else _fit(step, cast, excluded, sliced=any(p.stacked for p in parts))
     seed = settings.seed if settings.seed is not None else step.seed
     resolver = Resolver(rule, dialect=step.dialect, where=step.where, seed=seed)
-    shown = dict(members)
-    if vocabulary is not None:
-        for name in dict.fromkeys([m.name for m in (template, *everyone)]):
-            shown[name] = vocabulary.shown(members[name], layouts, where=step.where)
-    builder = Builder(step, rule, shown[template.name], shown, layouts, resolver, excluded)
+    builder = _builder(step, rule, cast, vocabulary, resolver, excluded)
     jobs: list[Job]
     changes: dict[str, Any] = {}
     if flat:
-        jobs = builder.bare(names_to_merge(template, inputs, base, tensors, excluded, where=step.where), pieces[0])
+        names = names_to_merge(cast.template, cast.inputs, cast.base, tensors, excluded, where=step.where)
+        jobs = builder.bare(names, pieces[0])
         remarks += resolver.remarks()
     else:
-        check_modules(builder, parts, everyone, members, layouts, excluded, step)
+        check_modules(builder, parts, cast.others, members, cast.layouts, excluded, step)
         jobs, changes = builder.jobs(parts)
-    resolver.check_filters(template.checkpoint.model_type)
-    _check_patterns(excluded, template, step)
+    resolver.check_filters(cast.template.checkpoint.model_type)
+    _check_patterns(excluded, cast.template, step)
     group(jobs)  # raises if options vary that must not
     if rule.needs_base and not planned and not settings.force:
         for piece in dict.fromkeys(pieces):
             assert piece.base is not None  # see _piece
             remarks += _check_lineage(members[piece.base], [members[i.model] for i in piece.inputs], step)
         remarks = list(dict.fromkeys(remarks))
-    specs = [TensorSpec(j.info.name, j.info.shape, j.out_dtype) for j in jobs]
     combination = None
     if step.output == "lora":
-        combination = combine_adapters(step, rule, template, base, inputs, jobs, settings)
-    tokenizer = members[step.tokenizer_from] if step.tokenizer_from else template
+        combination = combine_adapters(step, rule, cast.template, cast.base, cast.inputs, jobs, settings)
+    tokenizer = members[step.tokenizer_from] if step.tokenizer_from else cast.template
     generation: dict[str, Any] = {}
     if vocabulary is not None:
         tokenizer = vocabulary.giver
-        changes |= config_changes(vocabulary, template.checkpoint, own.vocabulary_key)
-        generation = generation_changes(vocabulary, template.checkpoint)
-    verdict = combine([m.checkpoint for m in dict.fromkeys([template, *everyone])])
+        changes |= config_changes(vocabulary, cast.template.checkpoint, cast.own.vocabulary_key)
+        generation = generation_changes(vocabulary, cast.template.checkpoint)
     return MergePlan(
-        step,
-        rule,
-        template,
-        base,
-        inputs,
-        jobs,
-        specs,
-        template.checkpoint,
-        changes,
-        tokenizer.checkpoint,
-        verdict,
-        seed,
-        own,
-        vocabulary,
-        generation,
-        remarks,
-        combination,
-        bases,
+        step=step,
+        rule=rule,
+        template=cast.template,
+        base=cast.base,
+        inputs=cast.inputs,
+        jobs=jobs,
+        specs=[TensorSpec(j.info.name, j.info.shape, j.out_dtype) for j in jobs],
+        config_from=cast.template.checkpoint,
+        config_changes=changes,
+        tokenizer_from=tokenizer.checkpoint,
+        licence=combine([m.checkpoint for m in [cast.template, *cast.others]]),
+        seed=seed,
+        layout=cast.own,
+        vocabulary=vocabulary,
+        generation_changes=generation,
+        warnings=remarks,
+        combination=combination,
+        bases=cast.bases,
     )
+
+
+def _fit(
+    step: MergeStep, cast: _Cast, excluded: Sequence[re.Pattern[str]], *, sliced: bool
+) -> tuple[Vocabulary | None, list[str]]:
+    """Whether the models fit one another: the vocabulary that the step makes of theirs, and remarks."""
+    template, others, own = cast.template, cast.others, cast.own
+    if not sliced:
+        check_architecture(template, others, cast.layouts, where=step.where)
+    vocabulary = _vocabulary(step, cast.members, [*cast.givers, *cast.inputs, template], cast.layouts)
+    remarks = [*vocabulary.remarks] if vocabulary is not None else []
+    remarks += check_config(
+        template,
+        others,
+        cast.layouts,
+        decided=bool(step.config_from) or sliced,
+        excluded=excluded,
+        settled=[own.vocabulary_key] if vocabulary is not None else [],
+        where=step.where,
+    )
+    if vocabulary is None:
+        embedding = any(own.place(n).role == "embedding" and _kept(n, excluded) for n in template.checkpoint.tensors)
+        free = bool(step.tokenizer_from) or not embedding or step.dialect == "mergekit"
+        remarks += check_tokenizers(template, others, cast.layouts, decided=free, where=step.where)
+    return vocabulary, remarks
+
+
+def _builder(
+    step: MergeStep,
+    rule: Rule[Any],
+    cast: _Cast,
+    vocabulary: Vocabulary | None,
+    resolver: Resolver,
+    excluded: Sequence[re.Pattern[str]],
+) -> Builder:
+    """Makes the jobs, of the models as they look with the new vocabulary, if there is one."""
+    shown = dict(cast.members)
+    if vocabulary is not None:
+        for member in [cast.template, *cast.others]:
+            shown[member.name] = vocabulary.shown(cast.members[member.name], cast.layouts, where=step.where)
+    return Builder(step, rule, shown[cast.template.name], shown, cast.layouts, resolver, excluded)
 
 
 def _vocabulary(
