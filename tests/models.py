@@ -87,3 +87,17 @@ def save_fine_tune(folder: Path, base: Path, seed: int, scale: float = 0.02) -> 
             parameter += (scale * parameter.float().std().nan_to_num().clamp(min=1e-3) * noise).to(parameter.dtype)
     loaded.save_pretrained(folder)
     return folder
+
+
+def save_adapter(folder: Path, base: Path, seed: int, **config: Any) -> Path:
+    """A LoRA adapter of the causal language model at `base` that changes something; `config` as for `LoraConfig`."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    adapted = get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), LoraConfig(**config))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
+    return folder

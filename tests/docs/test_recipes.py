@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers as hf
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from farm_tools import write_tokenizer
-from models import save_fine_tune, save_model
+from models import save_adapter, save_fine_tune, save_model
 from regraft.checkpoint import open_checkpoint
 from regraft.cli.main import app
 from regraft.deltas.extract import extract
@@ -89,7 +88,8 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base, chat = (open_checkpoint(str(root / "shallow" / "org" / name)) for name in ("base", "instruct"))
     extract(chat, base, root / "shallow" / "chat-delta")
     for seed, name in enumerate(("maths-lora", "code-lora")):
-        save_adapter(root / "shallow" / name, root / "shallow" / "org" / "base", seed)
+        base_folder = root / "shallow" / "org" / "base"
+        save_adapter(root / "shallow" / name, base_folder, seed, r=4, target_modules=["q_proj", "up_proj"])
     words = [f"w{i}" for i in range(40)]
     tensors = load_file(root / "shallow" / "org" / "maths" / "model.safetensors")
     save_file(tensors, root / "shallow" / "maths.safetensors")
@@ -111,12 +111,6 @@ def add_tokens(folder: Path, tokens: tuple[str, ...]) -> None:
     model.resize_token_embeddings(model.config.vocab_size + len(tokens))
     model.save_pretrained(folder)
     write_tokenizer(folder, added=tokens)
-
-
-def save_adapter(folder: Path, base: Path, seed: int) -> None:
-    torch.manual_seed(seed)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

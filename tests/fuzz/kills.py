@@ -1,9 +1,9 @@
 """Kills commands at random moments and checks what is left: `python tests/fuzz/kills.py --kills 200`.
 
-Each case makes a small model, delta or adapter by `regraft merge`, `delta extract`, `delta apply` or `extract-lora`,
-kills it one to three times, and lets the same command end. After each kill the output must be absent, the whole old one
-or the whole new one; at the end every file must be that of a run that was never killed, except for the date, time and
-memory that a run measures, and nothing may be left beside it.
+Each case makes a small model, delta or adapter by `regraft merge` (of models, or of adapters into one), `delta
+extract`, `delta apply` or `extract-lora`, kills it one to three times, and lets the same command end. After each kill
+the output must be absent, the whole old one or the whole new one; at the end every file must be that of a run that was
+never killed, except for the date, time and memory that a run measures, and nothing may be left beside it.
 
 Half of the kills come after a random time, half before, after or within a random call that changes the disk, so that
 short phases (staging, publishing, swapping with an old model) are hit as often as long ones. Runs are forks of one
@@ -46,6 +46,7 @@ COMMANDS = {
     "bits": "delta extract {folder}/a {out} --base {folder}/base --kind bits",
     "apply": "delta apply {folder}/whole-dense {out} --base {folder}/base --scale 0.5",
     "lora": "extract-lora {folder}/a {out} --base {folder}/base --rank 8 --save-modules all --embeddings",
+    "adapters": "merge {folder}/adapters.yaml {out}",
 }
 SWITCHES = ("--shard-size", "300KB", "--workers", "2", "--chunk", "16384")
 MEASURED = ("started", "finished", "wall_seconds", "peak_memory_bytes")
@@ -254,7 +255,11 @@ def warm_commands(folder: Path) -> None:
     from regraft.checkpoint import open_checkpoint
     from regraft.deltas.apply import apply, open_delta
     from regraft.deltas.extract import extract
+    from regraft.recipe import load_recipe
+    from regraft.recipe.run import merge
+    from regraft.recipe.settings import Settings
 
+    merge(load_recipe(folder / "adapters.yaml"), folder / "warm-adapter", Settings(force=True))
     base, model = (open_checkpoint(str(folder / name)) for name in ("base", "a"))
     extract(model, base, folder / "warm-delta", "sparse")
     apply(open_delta(folder / "warm-delta"), base, folder / "warm", force=True)
@@ -263,12 +268,16 @@ def warm_commands(folder: Path) -> None:
 
 def make_models(folder: Path) -> None:
     """A base of some megabytes and two fine-tunes of it."""
-    from models import save_fine_tune, save_model
+    from models import save_adapter, save_fine_tune, save_model
 
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "vocab_size": 512}
     save_model(folder / "base", "llama", **sizes)
     for seed, name in enumerate("ab", start=1):
         save_fine_tune(folder / name, folder / "base", seed)
+        save_adapter(folder / f"adapter-{name}", folder / "base", seed, r=8, target_modules=["q_proj", "down_proj"])
+    named = ", ".join(f"{name}: ./base+./adapter-{name}" for name in "ab")
+    step = "merge: task_arithmetic, base: base, models: [a, b], weight: 0.5, output: lora"
+    (folder / "adapters.yaml").write_text(f"models: {{base: ./base, {named}}}\nsteps:\n  x: {{{step}}}\n")
 
 
 def chosen_kill(rng: random.Random, seconds: float, calls: Mapping[str, int]) -> Kill:

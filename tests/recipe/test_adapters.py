@@ -8,22 +8,11 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
-from models import save_model
+from models import save_adapter, save_model
 from regraft.recipe import parse_recipe
 from regraft.recipe.run import merge
 
-
-def save_adapter(folder: Path, base: Path, seed: int) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    targets = ["q_proj", "up_proj"]
-    model = get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=targets))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-    model.save_pretrained(folder)
+TARGETS = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
 
 
 def test_experts_that_are_adapters_of_one_base(tmp_path: Path) -> None:
@@ -31,7 +20,7 @@ def test_experts_that_are_adapters_of_one_base(tmp_path: Path) -> None:
 
     base = save_model(tmp_path / "base", "llama")
     for i, name in enumerate("ab"):
-        save_adapter(tmp_path / name, base, i)
+        save_adapter(tmp_path / name, base, i, **TARGETS)
     text = (
         "models: {base: ./base, a: ./base+./a, b: ./base+./b}\n"
         "steps:\n  x: {merge: task_arithmetic, base: base, models: [a, b], weight: 0.5}\n"

@@ -14,7 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from fuzz.kills import differences
-from models import save_fine_tune, save_model
+from models import save_adapter, save_fine_tune, save_model
 from regraft.adapters.merged import Combination
 from regraft.checkpoint import open_checkpoint
 from regraft.checkpoint.lineage import Lineage
@@ -34,31 +34,21 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def save_adapter(folder: Path, base: Path, seed: int, config: dict[str, Any]) -> None:
-    torch.manual_seed(seed)
-    model = peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
-                parameter += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and adapters of it; `shared` has the A of `plain`."""
     folder = tmp_path_factory.mktemp("family")
     base = save_model(folder / "base", "llama")
     for seed, (name, config) in enumerate(ADAPTERS.items()):
-        save_adapter(folder / name, base, seed, config)
-    save_adapter(folder / "shared", base, 0, ADAPTERS["plain"])
+        save_adapter(folder / name, base, seed, **config)
+    save_adapter(folder / "shared", base, 0, **ADAPTERS["plain"])
     tensors = load_file(folder / "shared" / "adapter_model.safetensors")
     changed = {name: value if "lora_A" in name else 0.1 - 2 * value for name, value in tensors.items()}
     save_file(changed, folder / "shared" / "adapter_model.safetensors")
     save_fine_tune(folder / "tuned", base, 1)
     save_model(folder / "other", "llama")
-    save_adapter(folder / "gpt", save_model(folder / "gpt2", "gpt2"), 5, {"r": 3, "target_modules": ["c_attn", "wte"]})
-    save_adapter(folder / "gpt-b", folder / "gpt2", 6, {"r": 2, "target_modules": ["c_attn", "c_fc"]})
+    save_adapter(folder / "gpt", save_model(folder / "gpt2", "gpt2"), 5, r=3, target_modules=["c_attn", "wte"])
+    save_adapter(folder / "gpt-b", folder / "gpt2", 6, r=2, target_modules=["c_attn", "c_fc"])
     return folder
 
 
