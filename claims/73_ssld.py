@@ -1,5 +1,5 @@
 """A small vision transformer (a few thousand parameters) learns to read digits. 100 images have labels; a teacher that
-was trained on all 1132 labelled ones stands by. Two arms use the labels, for 400 steps and for 1200. The others never
+was trained on all 1132 labelled ones stands by. Two arms use the labels, for 200 steps and for 600. The others never
 see one: they learn the teacher's soft labels on the same 100 images, or also on what the teacher chose, 60 of each
 class at most, from a pool of 1474 images that are unlabelled for the student: the other 1032, and as junk (30 %) images
 whose pixels are shuffled, or inverted and shuffled.
@@ -35,7 +35,7 @@ from regraft.train.views import AugmentOptions, seen_by_both
 
 LABELLED, CLASSES, JUNK = 100, 10, 0.3
 # (width, steps, rows per class)
-SIZES = {"laptop": (16, 400, 60), "smoke": (8, 2, 5)}
+SIZES = {"laptop": (16, 200, 60), "smoke": (8, 2, 5)}
 RATES = (3e-3, 1e-2)
 NOISE = AugmentOptions(noise=0.2)
 Rows = list[dict[str, Any]]
@@ -194,15 +194,15 @@ CLAIM = Claim(
         "Accuracy on digits, %",
         (
             Row("teacher", "teacher", "all labels"),
-            Row("400 steps", "labels", "100 images, labels"),
-            Row("1200 steps", "labels, longer", "100 images, labels"),
-            Row("400 steps", "soft labels", "100 images, soft labels"),
-            Row("1200 steps", "soft labels, longer", "100 images, soft labels"),
-            Row("400 steps", "chosen", "and those the teacher chose"),
-            Row("1200 steps", "chosen, longer", "and those the teacher chose"),
-            Row("1200 steps, finished on the 100", "chosen, longer, finished", "and those the teacher chose"),
-            Row("1200 steps, soft cross-entropy", "chosen, soft cross-entropy", "and those the teacher chose"),
-            Row("1200 steps", "drawn, longer", "and as many drawn"),
+            Row("200 steps", "labels", "100 images, labels"),
+            Row("600 steps", "labels, longer", "100 images, labels"),
+            Row("200 steps", "soft labels", "100 images, soft labels"),
+            Row("600 steps", "soft labels, longer", "100 images, soft labels"),
+            Row("200 steps", "chosen", "and those the teacher chose"),
+            Row("600 steps", "chosen, longer", "and those the teacher chose"),
+            Row("600 steps, finished on the 100", "chosen, longer, finished", "and those the teacher chose"),
+            Row("600 steps, soft cross-entropy", "chosen, soft cross-entropy", "and those the teacher chose"),
+            Row("600 steps", "drawn, longer", "and as many drawn"),
         ),
     ),
 )

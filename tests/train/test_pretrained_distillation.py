@@ -59,7 +59,7 @@ def test_all_stages(place: Path) -> None:
     made = arm(
         place, "a", corpus=place / "corpus.jsonl", labelled=place / "labelled.jsonl", held_out=place / "test.jsonl",
         hidden_size=16, num_attention_heads=2, pretrain_max_steps=4, pretrain_learning_rate=1e-3,
-        fine_tune_num_train_epochs=3.0, fine_tune_learning_rate=2e-4,
+        fine_tune_num_train_epochs=3.0, fine_tune_learning_rate=2e-4, lr_scheduler_type="constant",
     )  # fmt: skip
     assert type(made.model).__name__ == "BertForSequenceClassification"
     assert made.model.config.id2label == {0: "even", 1: "odd"}

@@ -211,7 +211,7 @@ def test_both_see_the_same_part_of_an_image_at_other_sizes() -> None:
     both = seen_by_both(at(32), at(64), AugmentOptions(crop=0.3))
     batch = both([{}] * 6, list(range(6)))
     ours, theirs = batch["pixel_values"].mean((1, 2, 3)), batch[TEACHER]["pixel_values"].mean((1, 2, 3))
-    assert torch.allclose(ours, theirs, atol=0.03)
+    assert torch.allclose(ours, theirs, atol=0.05)
     assert float(ours.std()) > 0.05
     words = seen_by_both(lambda e, s: {"input_ids": torch.ones(1, 3)}, None, AugmentOptions(flip=True))
     with pytest.raises(UserError, match="crop, flip and noise are for images"):

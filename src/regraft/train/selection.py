@@ -149,7 +149,8 @@ def content_of(row: Row, columns: DataOptions, home: Path) -> Content:
         return Content(_digest(pixels.contiguous().numpy().tobytes()), grid=_grid(pixels))
     texts = [row.text(columns.text)] + ([row.text(columns.text_pair)] if columns.text_pair else [])
     words = re.findall(r"\w+", " ".join(texts).lower())
-    triples = {tuple(words[i : i + _WORDS]) for i in range(max(1, len(words) - _WORDS + 1))}
+    starts = range(max(1, len(words) - _WORDS + 1)) if words else ()
+    triples = {tuple(words[i : i + _WORDS]) for i in starts}
     return Content(_digest("\0".join(words or texts).encode("utf-8", "surrogatepass")), words=frozenset(triples))
 
 
