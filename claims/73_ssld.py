@@ -65,7 +65,7 @@ class Students:
     """The arms of one seed: students that begin alike, trained on rows with a loss."""
 
     def __init__(self, seed: int, scale: str) -> None:
-        self.seed = seed
+        self.seed, self.rates = seed, RATES if scale != "smoke" else RATES[:1]
         self.width, self.steps, self.per_class = SIZES[scale]
         self.teacher = load(vision.digits_vit(seed=seed, scale=scale))
         parts = vision.splits(seed, scale)
@@ -84,8 +84,8 @@ class Students:
         return vision.training.build(size, 7919 * self.seed + 1)
 
     def best(self, make: Callable[[float], Any]) -> Any:
-        """Of the students that `make` makes at the two rates, the better one on validation images."""
-        made = [make(rate) for rate in RATES]
+        """Of the students that `make` makes at these rates, the better one on validation images."""
+        made = [make(rate) for rate in self.rates]
         return max(made, key=lambda model: vision.accuracy(model, self.validation.images, self.validation.labels))
 
     def taught(self, rows: Rows, term: Term, times: int = 1, start: Any = None, slower: float = 1.0) -> Any:

@@ -185,7 +185,7 @@ class Arms:
     """The students of one seed."""
 
     def __init__(self, seed: int, scale: str, folder: Path) -> None:
-        self.seed, self.folder = seed, folder
+        self.seed, self.rates = seed, RATES if scale != "smoke" else RATES[:1]
         self.steps, few = SIZES[scale][2], SIZES[scale][5]
         self.large = code_encoder(layers=3, seed=seed, scale=scale)
         self.small = code_encoder(layers=1, seed=seed, scale=scale)
@@ -199,7 +199,7 @@ class Arms:
         model = model or self.small
         sizes = {} if init in ("weights", "random") else {"num_layers": 1}
         found = []
-        for rate in RATES:
+        for rate in self.rates:
             with tempfile.TemporaryDirectory() as work:
                 made = pretrained_distillation(
                     model, teacher=self.teacher, data=self.data[data], labelled=self.data["labelled"], folder=work,
