@@ -13,10 +13,11 @@ correlate, each from a threshold on. The published work matches SIFT features, w
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from regraft.errors import UserError
 from regraft.inspect import images
 from regraft.inspect.rows import Row
 from regraft.train.batches import DataOptions
+from regraft.train.data import Part
 from regraft.train.objective import Collate
 from regraft.train.teacher import Teacher
 
@@ -292,19 +294,42 @@ def select(
     )
 
 
+def survey(
+    teacher: Teacher, collate: Collate, data: Iterable[Mapping[str, Any]], *, rows: int = 256, batch_size: int = 64
+) -> dict[str, Any]:
+    """What a classifier says of the first rows of some data: rows per class, and its mean entropy in nats.
+
+    Raises:
+        UserError: RG602 if its outputs are not finite.
+    """
+    names = {int(number): str(name) for number, name in teacher.model.config.id2label.items()}
+    counts: Counter[int] = Counter()
+    entropy = 0.0
+    first = list(itertools.islice(iter(data), rows))
+    for start in range(0, len(first), batch_size):
+        said = _said(teacher, collate, first[start : start + batch_size], f"the data, row {start + 1}")
+        counts.update(said.argmax(-1).tolist())
+        entropy -= float((said * said.clamp(min=1e-30).log()).sum())
+    classes = {names[number]: counts[number] for number in sorted(names)}
+    return {"rows": len(first), "classes": classes, "entropy": entropy / max(1, len(first))}
+
+
 def _asked(teacher: Teacher, collate: Collate, pool: Pool, numbers: Sequence[int]) -> Any:
     """The teacher's best class of some rows, and its probability."""
-    from regraft.train.data import Part
-
     part = Part(pool.data, numbers, pool.home, pool.columns.image)
-    batch = collate([part[i] for i in range(len(part))], [0] * len(part))
+    return _said(teacher, collate, [part[i] for i in range(len(part))], pool.row(numbers[0]).where).max(-1)
+
+
+def _said(teacher: Teacher, collate: Collate, examples: Sequence[Mapping[str, Any]], where: str) -> Tensor:
+    """The teacher's probabilities of its classes, (n, C)."""
     home = next(teacher.model.parameters()).device
+    batch = collate(examples, [0] * len(examples))
     inputs = {name: value.to(home) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    logits = teacher(inputs).output.logits.float().cpu()
+    logits: Tensor = teacher(inputs).output.logits.float().cpu()
     if not bool(torch.isfinite(logits).all()):
         what = "the teacher's outputs are not finite"
-        raise UserError("RG602", what, where=pool.row(numbers[0]).where, fix="check the teacher with: regraft inspect")
-    return logits.softmax(-1).max(-1)
+        raise UserError("RG602", what, where=where, fix="check the teacher with: regraft inspect")
+    return logits.softmax(-1)
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -21,9 +21,10 @@ embeddings alone, above all for shallow students; for the same size, depth is be
 on the texts of `data`, and it keeps a student right where `data` is small or of another domain. How far `data` is from
 `labelled` is told in the result's record. Small students want large learning rates.
 
-Where the pre-trained student is wanted for more than one task, write the stages as three steps of a recipe (`fine_tune`
-with `init: random`, `distil`, `fine_tune`): each leaves a model of its own. Departure: what a stage ends with goes on,
-not the best of its checkpoints on labelled data.
+A student that is pre-trained already is `model` with `init: weights`, and `stages` without pretrain. Where one is wanted
+for more than one task, write the stages as three steps of a recipe (`fine_tune` with `init: random`, `distil`,
+`fine_tune`): each leaves a model of its own. Departure: what a stage ends with goes on, not the best of its checkpoints
+on labelled data.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from regraft.errors import UserError
+from regraft.inspect.loading import device_of
 from regraft.methods import Paper
 from regraft.objectives.logits import Logits, class_names
 from regraft.objectives.own_loss import OwnLoss
@@ -48,7 +50,7 @@ from regraft.train.loop import steps_of
 from regraft.train.making import Made, Work, chosen, maker
 from regraft.train.objective import Sum
 from regraft.train.options import TrainOptions
-from regraft.train.selection import HeldOut, Pool
+from regraft.train.selection import HeldOut, Pool, survey
 from regraft.train.stages import Stages
 from regraft.train.start import FitOptions
 from regraft.train.student import SizeOptions, student_of, with_classes
@@ -140,6 +142,9 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
     term = Logits("soft_ce", o.temperature)
     term.prepare(classifier, original)
 
+    theirs = _their_collate(work, original, texts["data"], columns)
+    said = survey(Teacher(original.to(device_of(work.device))), theirs or inputs.collate, texts["data"])
+
     plans = {name: _options(o, name) for name in names}
     data = {"pretrain": texts.get("corpus", texts["data"]), "distil": texts["data"], "fine_tune": texts.get("labelled")}
     stages = Stages(work, sum(steps_of(plan, _length(data[name])) for name, plan in plans.items()))
@@ -147,18 +152,20 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
         stages.fit("pretrain", student, Sum(text.collate, [(1.0, OwnLoss())]), data["pretrain"], plans["pretrain"])
         classifier = with_classes(student, labels, o.seed)
     if "distil" in names:
-        collate = seen_by_both(inputs.collate, _their_collate(work, original, texts["data"], columns))
+        collate = seen_by_both(inputs.collate, theirs)
         cache = FeatureCache(work.folder / "features", work.key) if o.cache_teacher else None
         teacher = Teacher(original, cache=cache)
         stages.fit("distil", classifier, Sum(collate, [(1.0, term)], teacher), data["distil"], plans["distil"])
     if answers is not None:
         objective = Sum(answers.collate, [(1.0, OwnLoss())])
         stages.fit("fine_tune", classifier, objective, data["fine_tune"], plans["fine_tune"])
-    diagnostics: dict[str, Any] = {"training": stages.facts()}
+    diagnostics: dict[str, Any] = {"training": stages.facts(), "teacher": said}
     if "labelled" in texts:
         diagnostics["transfer"] = distance(_words(texts["data"], o.text), _words(texts["labelled"], o.text))
     unread = [name for name, stage in (("corpus", "pretrain"), ("labelled", "fine_tune")) if stage not in names]
     warnings = [f"{name} was not trained on: there is no stage for it" for name in unread if name in work.sources]
+    if len(found := [name for name, count in said["classes"].items() if count]) == 1:
+        warnings.append(f"the teacher takes all of the first {said['rows']} texts of data for {found[0]!r}")
     return Made(classifier.cpu().to(dtype).eval(), diagnostics, warnings)
 
 
