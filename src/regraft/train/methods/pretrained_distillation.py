@@ -21,8 +21,8 @@ embeddings alone, above all for shallow students; for the same size, depth is be
 on the texts of `data`, and it keeps a student right where `data` is small or of another domain. How far `data` is from
 `labelled` is told in the result's record. Small students want large learning rates.
 
-A student that is pre-trained already is `model` with `init: weights`, and `stages` without pretrain. Where one is wanted
-for more than one task, write the stages as three steps of a recipe (`fine_tune` with `init: random`, `distil`,
+A student that is pre-trained already is `model` with `init: weights`, and `stages` without pretrain. Where one is to be
+used for more than one task, write the stages as three steps of a recipe (`fine_tune` with `init: random`, `distil`,
 `fine_tune`): each leaves a model of its own. Departure: what a stage ends with goes on, not the best of its checkpoints
 on labelled data.
 """
