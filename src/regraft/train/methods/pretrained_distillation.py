@@ -32,6 +32,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -128,10 +129,8 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
     # Everything is looked at before anything is trained.
     texts = {"data": _opened(work, o), **{name: open_data(path) for name, path in work.sources.items()}}
     _need_apart(work, texts, columns)
-    text = batches_for(student, folder, _first(texts.get("corpus", texts["data"])), columns)
-    if "pretrain" in names and text.kind not in ("masked", "causal"):
-        what = f"a {type(student).__name__} has no language model's loss to be pre-trained with"
-        raise UserError("RG309", what, fix="take a masked or causal language model, or leave out the stage pretrain")
+    corpus = texts.get("corpus", texts["data"])
+    plain = _plain_batches(student, folder, _first(corpus), columns) if "pretrain" in names else None
     classifier = with_classes(student, labels, o.seed)
     inputs = batches_for(classifier, folder, _first(texts["data"]), columns, labels=False)
     answers = batches_for(classifier, folder, _first(texts["labelled"]), columns) if "fine_tune" in names else None
@@ -146,10 +145,10 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
     said = survey(Teacher(original.to(device_of(work.device))), theirs or inputs.collate, texts["data"])
 
     plans = {name: _options(o, name) for name in names}
-    data = {"pretrain": texts.get("corpus", texts["data"]), "distil": texts["data"], "fine_tune": texts.get("labelled")}
+    data = {"pretrain": corpus, "distil": texts["data"], "fine_tune": texts.get("labelled")}
     stages = Stages(work, sum(steps_of(plan, _length(data[name])) for name, plan in plans.items()))
-    if "pretrain" in names:
-        stages.fit("pretrain", student, Sum(text.collate, [(1.0, OwnLoss())]), data["pretrain"], plans["pretrain"])
+    if plain is not None:
+        stages.fit("pretrain", student, Sum(plain.collate, [(1.0, OwnLoss())]), corpus, plans["pretrain"])
         classifier = with_classes(student, labels, o.seed)
     if "distil" in names:
         collate = seen_by_both(inputs.collate, theirs)
@@ -181,6 +180,14 @@ def _labels(o: PretrainedDistillationOptions, teacher: Any) -> Sequence[str]:
         what = f"labels are {', '.join(o.labels)} and the teacher's {', '.join(found)}"
         raise UserError("RG207", what, fix="leave labels out")
     return o.labels or found or ()
+
+
+def _plain_batches(student: Any, folder: Path, first: Any, columns: DataOptions) -> Batches:
+    found = batches_for(student, folder, first, columns)
+    if found.kind not in ("masked", "causal"):
+        what = f"a {type(student).__name__} has no language model's loss to be pre-trained with"
+        raise UserError("RG309", what, fix="take a masked or causal language model, or leave out the stage pretrain")
+    return found
 
 
 def _opened(work: Work[Any], o: PretrainedDistillationOptions) -> Any:
