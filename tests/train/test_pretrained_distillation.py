@@ -196,7 +196,7 @@ def test_what_it_refuses_before_it_trains(place: Path) -> None:
         ({"stages": ("fine_tune",)}, "the stage fine_tune needs labelled data"),
         ({"stages": ("distil", "pretrain")}, "the stages are pretrain, distil, fine_tune, in this order"),
         ({"teacher": place / "base"}, "the teacher is a BertForMaskedLM, not a classifier"),
-        ({"teacher": nameless}, "the teacher's classes have no names .*2 of them"),
+        ({"teacher": nameless}, "the teacher's classes have no names.*2 of them"),
         ({"labels": ("yes", "no")}, "labels are yes, no and the teacher's even, odd"),
         ({"labelled": place / "bare.jsonl"}, "labelled has no column 'label'"),
         ({"held_out": place / "inside.jsonl"}, r"a held-out row is trained on .*transfer.jsonl, row 13"),

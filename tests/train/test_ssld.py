@@ -111,8 +111,9 @@ def test_classes_are_matched_by_name(place: Path) -> None:
         ssld(place / "student", teacher=t, data=place / "data.jsonl", folder=place / f"w-{t.name}", max_steps=3, **FAST)
         for t in (place / "teacher", turned)
     ]
-    one, two = (m.model.state_dict() for m in made)
-    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    losses = [[entry["loss"] for entry in m.diagnostics["training"]["history"]] for m in made]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert torch.allclose(output_of(made[0].model, "vit"), output_of(made[1].model, "vit"), atol=0.01)
 
 
 def test_a_new_head_gets_the_labels_of_the_teacher(place: Path) -> None:
