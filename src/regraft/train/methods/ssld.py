@@ -8,7 +8,8 @@
        L = (KL(p_T | p_S) + KL(p_S | p_T)) / 2        p = softmax(logits), summed over classes, mean over examples
 
 3. Train short, on `data` alone, with the same loss and a hundredth of the learning rate: this undoes the shift that the
-   chosen rows brought. All weights learn. Without `unlabelled` there is nothing to undo, and this is left out.
+   chosen rows brought (the paper calls it fine-tuning; no label is read here either). All weights learn. Without
+   `unlabelled` there is nothing to undo, and this is left out.
 
 The paper calls the loss JS divergence; what its code computes is the symmetric KL above, `loss: sym_kl`. `js` is the
 divergence of that name, `soft_ce` what the code's later examples use. The original code multiplied the loss by the
