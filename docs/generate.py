@@ -38,6 +38,11 @@ RANGES = {
     "6": "Data and evaluation",
     "9": "Claims",
 }
+# Data that methods take in their examples, where it is not the usual texts; the files of the tests.
+EXAMPLES = {
+    "ssld": {"data": "images.jsonl", "unlabelled": "more.jsonl"},
+    "pretrained_distillation": {"data": "domain.jsonl", "corpus": "texts.jsonl"},
+}
 # Names that the recipes on these pages give to their models, in this order.
 EXPERTS = ("maths", "code")
 
@@ -125,10 +130,14 @@ def _making_recipe(maker: Maker[Any]) -> str:
     lines = ["models:", "  base: org/base", *(["  expert: org/maths"] if maker.roles else [])]
     lines += ["steps:", "  made:", f"    {maker.room}: {maker.name}", "    model: base"]
     lines += [f"    {role}: expert" for role in maker.roles]
-    lines += ["    data: texts.jsonl"] if maker.data != "none" else []
+    lines += [f"    {key}: {file}" for key, file in _example_data(maker).items()]
     if "max_steps" in maker.options.model_fields:
         lines += ["    max_steps: 2", "    per_device_train_batch_size: 4", "    warmup_ratio: 0.1"]
     return "\n".join(lines) + "\n"
+
+
+def _example_data(maker: Maker[Any]) -> dict[str, str]:
+    return EXAMPLES.get(maker.name, {"data": "texts.jsonl"} if maker.data != "none" else {})
 
 
 def mergekit_recipe(rule: Rule[Any]) -> str:
@@ -165,6 +174,9 @@ def _method(method: Method) -> str:
     parts = [f"# {method.name}", f"*A {verb}: {method.summary}.*", method.doc.strip()]
     if isinstance(method, Rule):
         parts.append(f"Models: {_count(method)}. Base: {_base(method)}.")
+    if isinstance(method, Maker) and method.sources:
+        named = "\n".join(f"- `{name}`: {what}." for name, what in method.sources.items())
+        parts += ["## Further data", f"Beside `data` a step may name, relative to its recipe:\n\n{named}"]
     parts += ["## Options", _options(method), "## Recipe"]
     if isinstance(method, Rule):
         parts.append("Every option that has a default stands at it; leave out what you do not change.")
@@ -260,7 +272,7 @@ def _python_metric(metric: Metric[Any]) -> str:
 
 def _python_maker(maker: Maker[Any]) -> str:
     arguments = ['"org/base"', *(f'{role}="org/maths"' for role in maker.roles)]
-    arguments += ['data="texts.jsonl"'] if maker.data != "none" else []
+    arguments += [f'{key}="{file}"' for key, file in _example_data(maker).items()]
     arguments += ['folder="checkpoints"', *(["max_steps=2"] if "max_steps" in maker.options.model_fields else [])]
     home = "regraft.resize.methods" if maker.room == "compress" else "regraft.train.methods"
     call = f"made = {maker.name}({', '.join(arguments)})"

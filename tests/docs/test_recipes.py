@@ -26,6 +26,7 @@ from regraft.merge.rule import Rule
 from regraft.methods import Options
 from regraft.recipe import EvaluateStep, MergeStep, load_recipe
 from regraft.recipe.run import run
+from tiny import add_tokenizer
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("org/maths", "org/code", "org/instruct", "domain", "tuned")
@@ -102,7 +103,28 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "bert" / "test.jsonl", pairs)
     pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).tolist()
     write(root / "vit" / "test.jsonl", [{"pixel_values": p, "label": i} for i, p in enumerate(pixels)])
+    for name, numbers in (("images", range(12)), ("more", range(8, 24))):
+        more = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(1))[list(numbers)].tolist()
+        write(root / "vit" / f"{name}.jsonl", [{"pixel_values": p} for p in more])
+    add_tokenizer(shutil.copytree(root / "bert" / "org" / "base", root / "topics" / "org" / "base"))
+    save_classifier(root / "topics" / "org" / "maths")
+    for name in ("texts", "domain"):
+        write(root / "topics" / f"{name}.jsonl", rows)
+    for name, own in (("labelled", words[:8]), ("test", words[30:])):
+        write(
+            root / "topics" / f"{name}.jsonl", [{"text": w, "label": ("no", "yes")[i % 2]} for i, w in enumerate(own)]
+        )
     return root
+
+
+def save_classifier(folder: Path) -> None:
+    """A classifier of texts beside a base, with a tokenizer that has a mask."""
+    labels = {0: "no", 1: "yes"}
+    base, numbers = folder.parent / "base", {name: number for number, name in labels.items()}
+    torch.manual_seed(0)
+    model = hf.AutoModelForSequenceClassification.from_pretrained(base, id2label=labels, label2id=numbers)
+    model.save_pretrained(folder)
+    add_tokenizer(folder)
 
 
 def add_tokens(folder: Path, tokens: tuple[str, ...]) -> None:
@@ -119,7 +141,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def workplace(farm: Path, text: str, folder: Path) -> Path:
     """A folder in which the references and data of `text` are there."""
-    needs = {"encoder:": "t5", "tokenizer:": "words", "accuracy": "vit", "similarity": "bert", ", 32]": "deep"}
+    needs = {"ssld": "vit", "pretrained_distillation": "topics"}
+    needs |= {"encoder:": "t5", "tokenizer:": "words", "accuracy": "vit", "similarity": "bert", ", 32]": "deep"}
     kind = next((kind for word, kind in needs.items() if word in text), "shallow")
     for entry in (farm / kind).iterdir():
         (folder / entry.name).symlink_to(entry)

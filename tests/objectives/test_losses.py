@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import model
 from regraft.errors import UserError
 from regraft.objectives.features import Features, feature_loss
-from regraft.objectives.logits import Logits, logit_loss
+from regraft.objectives.logits import Logits, logit_loss, same_classes
 from regraft.objectives.minilm import MiniLM, relation_loss
 from regraft.objectives.own_loss import OwnLoss
 from regraft.objectives.perturbation import Perturbation, perturbation_loss
@@ -64,6 +64,26 @@ def test_logits(temperature: float, seed: int) -> None:
     for kind, values in expected.items():
         found = logit_loss(s, t, kind, temperature)  # type: ignore[arg-type]
         assert np.allclose(found.numpy(), values, rtol=1e-4, atol=1e-5), kind
+
+
+def test_classes_of_two_models_are_matched_by_name() -> None:
+    def named(*names: str, seed: int = 0) -> Any:
+        numbers = {name: i for i, name in enumerate(names)}
+        return model("vit", seed, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers)
+
+    student, teacher = named("cat", "dog", "owl"), named("owl", "cat", "dog", seed=1)
+    batch = {"pixel_values": normal(2, 1, 8, 8).float()}
+    term = Logits("sym_kl")
+    term.prepare(student, teacher)
+    one, two = look(student, batch), look(teacher, batch)
+    p, q = (softmax(x.detach().double().numpy()) for x in (two.output.logits[:, [1, 2, 0]], one.output.logits))
+    assert float(term(one, batch, two)) == pytest.approx(((kl(p, q) + kl(q, p)) / 2).mean(), rel=1e-4)
+    assert same_classes(student.config, student.config) is None
+    assert same_classes(student.config, model("vit", num_labels=3).config) is None  # LABEL_0 says nothing
+    with pytest.raises(UserError, match="the student does not know 'emu' of the teacher"):
+        term.prepare(student, named("cat", "dog", "emu"))
+    with pytest.raises(UserError, match="tells 3 classes or tokens apart and the teacher 2"):
+        term.prepare(student, named("cat", "dog"))
 
 
 def test_saturated_logits_give_finite_losses() -> None:

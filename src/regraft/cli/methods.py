@@ -59,6 +59,7 @@ def describe(method: Method) -> dict[str, Any]:
         "papers": [{"citation": p.cite(), "url": p.url, "number": p.number} for p in method.papers],
         "needs_base": getattr(method, "needs_base", False),
         "options": option_facts(method),
+        **({"sources": dict(sources)} if (sources := getattr(method, "sources", None)) else {}),
     }
 
 
@@ -139,6 +140,8 @@ def _show_card(terminal: Terminal, method: Method) -> None:
             meaning = one["description"] + (" (may differ per model)" if one["per_model"] else "")
             table.add_row(*(Text(t) for t in (one["name"], one["values"], default, meaning)))
         terminal.out.print(table)
+    for name, what in getattr(method, "sources", {}).items():
+        terminal.out.print(f"further data, {name}: {what}", markup=False)
     for paper in method.papers:
         url = f"\n  {paper.url}" if paper.url else ""
         terminal.out.print(f"\n{paper.cite()}{url}", markup=False)

@@ -39,7 +39,7 @@ def pixel_values(row: Row, column: str, channels: int) -> Tensor:
     Raises:
         UserError: RG601 if the field is no finite array of numbers of that shape.
     """
-    array = _array(row, column)
+    array = array_of(row, column)
     if array.ndim == 2:
         array = array[None]
     if array.ndim != 3 or array.shape[0] != channels:
@@ -74,7 +74,7 @@ def picture(row: Row, column: str, folder: Path) -> Any:
                 return image.convert("RGB")
         except (OSError, ValueError, images.DecompressionBombError) as error:
             raise UserError("RG601", f"{value!r} is no image: {error}", where=row.where, fix="mend the file") from None
-    array = _array(row, column)
+    array = array_of(row, column)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or not array.size:
         what = f"{column!r} has shape {array.shape}, not (height, width) or (height, width, 3)"
         raise UserError("RG601", what, where=row.where, fix="mend the data")
@@ -84,7 +84,8 @@ def picture(row: Row, column: str, folder: Path) -> Any:
     return images.fromarray(array.round().astype(np.uint8)).convert("RGB")
 
 
-def _array(row: Row, column: str) -> Any:
+def array_of(row: Row, column: str) -> Any:
+    """A field that holds numbers as a float32 array, also from nested lists in a CSV file; RG601 otherwise."""
     value = row.get(column)
     try:
         if isinstance(value, str):

@@ -8,6 +8,9 @@
 
 Mean over examples, or over the tokens that count: those with a label where the batch has labels per token, else those
 that are no padding. Everything is computed in float32.
+
+Classes are matched by their names, in whatever order the two models number them; names that transformers makes up
+(LABEL_0) say nothing, and are matched by number.
 """
 
 from __future__ import annotations
@@ -53,20 +56,21 @@ class Logits(Term):
 
     def __init__(self, kind: Kind = "kl", temperature: float = 1.0) -> None:
         self.kind, self.temperature = kind, temperature
+        self._order: Tensor | None = None  # the teacher's number of each of the student's classes
 
     def prepare(self, student: Any, teacher: Any) -> None:
         mine, theirs = (_classes(model) for model in (student, teacher))
         if mine != theirs:
             what = f"the student tells {mine} classes or tokens apart and the teacher {theirs}"
             raise UserError("RG204", what, fix="take models with the same labels or vocabulary")
-        own, other = (dict(getattr(model.config, "id2label", None) or {}) for model in (student, teacher))
-        named = not _tells_tokens(student) and own != other
-        if named and set(own.values()) == set(other.values()):
-            raise UserError("RG207", "student and teacher number the same labels differently", fix="make them agree")
+        self._order = None if _tells_tokens(student) else same_classes(student.config, teacher.config)
 
     def __call__(self, student: Seen, batch: Batch, teacher: Seen | None) -> Tensor:
         assert teacher is not None
-        losses = logit_loss(student.logits, teacher.logits, self.kind, self.temperature)
+        taught = teacher.logits
+        if self._order is not None:
+            taught = taught[..., self._order.to(taught.device)]
+        losses = logit_loss(student.logits, taught, self.kind, self.temperature)
         if losses.ndim == 1:
             return losses.mean()
         mask = _counted(batch, losses, shifted=_predicts_next(student.model))
@@ -74,6 +78,33 @@ class Logits(Term):
             return losses.mean()
         weights = mask.to(losses.dtype)
         return (losses * weights).sum() / weights.sum().clamp(min=1)
+
+
+def same_classes(student: Any, teacher: Any) -> Tensor | None:
+    """The teacher's number of each of the student's classes, (C,); None where both number them alike.
+
+    Args:
+        student, teacher: configurations of classifiers.
+
+    Raises:
+        UserError: RG207 for classifiers that tell other classes apart, by name.
+    """
+    own, other = class_names(student), class_names(teacher)
+    if own is None or other is None or own == other:
+        return None
+    if set(own) != set(other) or len(set(own)) != len(own):
+        lacking = next((name for name in other if name not in own), other[0])
+        what = f"student and teacher tell other classes apart: the student does not know {lacking!r} of the teacher"
+        raise UserError("RG207", what, fix="give the student a head with the teacher's labels")
+    return torch.tensor([other.index(name) for name in own])
+
+
+def class_names(config: Any) -> list[str] | None:
+    """The names of a classifier's outputs in order; None where they are those that transformers makes up."""
+    names = {int(number): str(name) for number, name in (getattr(config, "id2label", None) or {}).items()}
+    if not names or all(name == f"LABEL_{number}" for number, name in names.items()):
+        return None
+    return [names[number] for number in sorted(names)]
 
 
 def _counted(batch: Batch, losses: Tensor, *, shifted: bool) -> Tensor | None:

@@ -171,6 +171,7 @@ class MakeStep:
         method: name of a method of that verb.
         models: role ("model", "teacher") -> reference.
         data: path of what it is trained on, "" if there is none.
+        sources: paths of further data, by the names that the method has for it.
     """
 
     name: str
@@ -180,6 +181,7 @@ class MakeStep:
     data: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,6 +43,7 @@ class MakePlan:
     Attributes:
         members: role -> model.
         data: the data's path, None if the step names none.
+        sources: the paths of further data, by name.
         key: content address: the same models, data and options give the same key.
     """
 
@@ -54,6 +55,7 @@ class MakePlan:
     key: str
     licence: LicenceVerdict
     warnings: list[str] = field(default_factory=list)
+    sources: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def parents(self) -> list[Member]:
@@ -88,6 +90,7 @@ class MakePlan:
             self.step.verb: self.maker.name,
             "models": {role: member.name for role, member in self.members.items()},
             "data": self.step.data or None,
+            **self.step.sources,
             "options": self.options.model_dump(mode="json"),
             "licence": self.licence.licence,
             "key": self.key,
@@ -110,12 +113,8 @@ def plan_make(step: MakeStep, members: Mapping[str, Member], recipe: Recipe, set
     if settings.seed is not None and "seed" in maker.options.model_fields:
         chosen["seed"] = settings.seed
     options = maker.resolve(chosen, where=step.where)
-    data = None
-    if step.data:
-        folder = recipe.path.parent if recipe.path else Path()
-        data = folder / Path(step.data).expanduser()
-        if not data.exists():
-            raise UserError("RG601", f"no data at {step.data!r}", where=step.where, fix="give the path of a data file")
+    data = _data_at(step.data, step, recipe) if step.data else None
+    sources = {name: _data_at(text, step, recipe) for name, text in step.sources.items()}
     maker.check(members, data, where=step.where)
     for member in members.values():
         if member.checkpoint.adapters:
@@ -129,10 +128,19 @@ def plan_make(step: MakeStep, members: Mapping[str, Member], recipe: Recipe, set
         "options": options.model_dump(mode="json"),
         "models": {role: member.checkpoint.digest() for role, member in members.items()},
         "data": data_key(data) if data is not None else None,
+        **({"sources": {name: data_key(path) for name, path in sources.items()}} if sources else {}),
     }
     key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
     licence = combine([m.checkpoint for m in {id(m.checkpoint): m for m in members.values()}.values()])
-    return MakePlan(step, maker, options, members, data, key, licence)
+    return MakePlan(step, maker, options, members, data, key, licence, sources=sources)
+
+
+def _data_at(text: str, step: MakeStep, recipe: Recipe) -> Path:
+    """The path that a step names, relative to its recipe. Raises RG601 if nothing is there."""
+    path = (recipe.path.parent if recipe.path else Path()) / Path(text).expanduser()
+    if not path.exists():
+        raise UserError("RG601", f"no data at {text!r}", where=step.where, fix="give the path of a data file")
+    return path
 
 
 def make(plan: MakePlan, out: Path, recipe: Recipe, settings: Settings, progress: Progress) -> Lineage:
@@ -152,7 +160,7 @@ def make(plan: MakePlan, out: Path, recipe: Recipe, settings: Settings, progress
         recipe=recipe.text,
         key=plan.key,
         inputs=[InputRecord.sampled(m.checkpoint, m.name, role) for role, m in plan.members.items()],
-        settings={"data": plan.step.data},
+        settings={"data": plan.step.data, **plan.step.sources},
         options=[OptionGroup(options=plan.options.model_dump(mode="json"), tensors=["*"], count=1)],
         sources={"config": plan.members["model"].name, "tokenizer": plan.members["model"].name},
         licence=plan.licence.licence,
@@ -172,18 +180,20 @@ def make(plan: MakePlan, out: Path, recipe: Recipe, settings: Settings, progress
             {role: m.checkpoint.path for role, m in plan.members.items()},
             plan.options, plan.data, work_folder, key=plan.key,
             device="cpu" if settings.device == "cpu" else "auto", tell=tell,
-            message=lambda text: progress.message(f"{plan.step.name}: {text}"),
+            message=lambda text: progress.message(f"{plan.step.name}: {text}"), sources=plan.sources,
         )  # fmt: skip
         try:
             made = plan.maker.run(work)
         except BaseException:
-            if work_folder.exists() and not list(work_folder.glob("checkpoint-*")):
-                shutil.rmtree(work_folder)  # nothing to go on from
+            if not any(_worth_keeping(path) for path in work_folder.rglob("*")):
+                shutil.rmtree(work_folder, ignore_errors=True)  # nothing to go on from
             raise
         dtype = next(made.model.parameters()).dtype
         copy_sidecars(folder.staging, config_from=source, tokenizer_from=source, config_changes={}, dtype=dtype)
         copy_licences(folder.staging, [m.checkpoint for m in plan.parents])
         surgery.save(made.model, folder.staging)
+        for name, text in made.files.items():
+            (folder.staging / name).write_text(text, encoding="utf-8")
         lineage.surgeries = surgery.surgeries_of(made.model.config)
         lineage.diagnostics = made.diagnostics
         lineage.warnings = [*plan.warnings, *made.warnings]
@@ -199,6 +209,13 @@ def make(plan: MakePlan, out: Path, recipe: Recipe, settings: Settings, progress
     for warning in lineage.warnings:
         progress.message(f"note: {plan.step.name}: {warning}")
     return lineage
+
+
+def _worth_keeping(path: Path) -> bool:
+    """Whether a run that is given again goes on from this: a checkpoint, or a stage that is done."""
+    from regraft.train.stages import DONE
+
+    return path.name.startswith(("checkpoint-", DONE))
 
 
 def _output(folder: Path, model: Any, dtype: torch.dtype) -> Output:

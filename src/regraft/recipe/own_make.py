@@ -21,7 +21,9 @@ def read_make(body: Field, verb: str, names: Names, seed: int) -> MakeStep:
     items = body.items()
     maker = method(verb, items[verb].text("a method"), where=items[verb].where)
     reader = OptionReader(maker)
-    body.check_keys([verb, *MAKE_KEYS, *maker.roles, *reader.names], f"a step with {verb}: {maker.name}")
+    body.check_keys(
+        [verb, *MAKE_KEYS, *maker.roles, *maker.sources, *reader.names], f"a step with {verb}: {maker.name}"
+    )
     models = {}
     for role in ("model", *maker.roles):
         if role in items:
@@ -31,8 +33,9 @@ def read_make(body: Field, verb: str, names: Names, seed: int) -> MakeStep:
     data = items["data"].text("the path of a data file") if "data" in items else ""
     if not data and maker.data == "needed":
         raise body.error("RG601", f"{verb}: {maker.name} needs data", "add data: ...")
-    taken = {verb, *MAKE_KEYS, *maker.roles}
+    sources = {name: items[name].text("the path of a data file") for name in maker.sources if name in items}
+    taken = {verb, *MAKE_KEYS, *maker.roles, *maker.sources}
     options = {key: reader.check(key, item, 1) for key, item in items.items() if key not in taken}
     if "seed" in reader.names:
         options.setdefault("seed", seed)
-    return MakeStep(body.step, verb, maker.name, models, data, options, body.where)
+    return MakeStep(body.step, verb, maker.name, models, data, options, body.where, sources)

@@ -151,6 +151,7 @@ def _make_step(maker: Any, shared: dict[str, Any]) -> dict[str, Any]:
         "model": {**_TEXT, "description": "the model that it starts from"},
         "data": {**_TEXT, "description": "the path of a data file"},
         **{role: {**_TEXT, "description": f"the model that is the {role}"} for role in maker.roles},
+        **{name: {**_TEXT, "description": f"the path of {what}"} for name, what in maker.sources.items()},
     }
     needed = [maker.room, "model", *(role for role, need in maker.roles.items() if need)]
     needed += ["data"] if maker.data == "needed" else []

@@ -198,7 +198,7 @@ def _named(recipe: Recipe) -> list[list[str]]:
             continue
         if isinstance(step, MakeStep):
             models += step.models.values()
-            data += [step.data] if step.data else []
+            data += [text for text in (step.data, *step.sources.values()) if text]
             continue
         models += step.references
     made = {step.name for step in recipe.steps}

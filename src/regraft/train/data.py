@@ -6,12 +6,16 @@ memory-mapped by `datasets`. As a stream, anything that `regraft evaluate` reads
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regraft.errors import UserError
-from regraft.inspect.rows import need, read_rows
+from regraft.inspect import images
+from regraft.inspect.rows import Row, need, read_rows
 
 _MAPPED = (".parquet", ".arrow")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -93,3 +97,47 @@ class _Named(Sequence[Mapping[str, Any]]):
 
     def select(self, numbers: range) -> _Named:
         return _Named(self._data.select(numbers), self._datasets)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of one data file or folder.
+
+    Attributes:
+        data: all of its rows.
+        numbers: those that count, in this order; all if None.
+        home: what the file names of its images are relative to, where that is not the folder of the run's own data.
+        image: the column that holds them.
+    """
+
+    data: Sequence[Mapping[str, Any]]
+    numbers: Sequence[int] | None = None
+    home: Path | None = None
+    image: str = "image"
+
+    def __len__(self) -> int:
+        return len(self.data) if self.numbers is None else len(self.numbers)
+
+    def __getitem__(self, number: int) -> Mapping[str, Any]:
+        row = self.data[number if self.numbers is None else self.numbers[number]]
+        value = row.get(self.image)
+        if self.home is not None and isinstance(value, str) and not value.lstrip().startswith("["):
+            return {**row, self.image: images.picture(Row(f"row {number + 1}", row), self.image, self.home)}
+        return row
+
+
+class Joined(Sequence[Mapping[str, Any]]):
+    """Parts one behind the other, as one sequence of rows."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = list(parts)
+        self._ends = list(itertools.accumulate(map(len, self._parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        which = bisect.bisect_right(self._ends, number)
+        return self._parts[which][number - (self._ends[which - 1] if which else 0)]

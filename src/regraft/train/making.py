@@ -38,6 +38,7 @@ class Work(Generic[O]):
         models: role ("model", "teacher") -> folder.
         options: resolved.
         data: file or folder, None where the step names none.
+        sources: further data by name, as far as it is given.
         folder: for checkpoints, so that a run that was stopped goes on.
         key: names the contents of models and data.
         device: "auto" or "cpu".
@@ -53,15 +54,17 @@ class Work(Generic[O]):
     device: str = "auto"
     tell: Tell = _untold
     message: Callable[[str], None] = lambda text: None
+    sources: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass
 class Made:
-    """What came out: the model, what was measured, and remarks."""
+    """What came out: the model, what was measured, remarks, and files that go beside the model (name -> text)."""
 
     model: Any
     diagnostics: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +74,14 @@ class Maker(Method, Generic[O]):
     Attributes:
         roles: the models that it takes besides "model", each with whether it is needed.
         data: "needed", "optional" or "none".
+        sources: further data files that it may be given, by the key of a step, with what each is.
         same_tensors: whether, with these options, the result has the tensors of "model", by name and shape.
     """
 
     run: Callable[[Work[O]], Made]
     roles: Mapping[str, bool] = field(default_factory=dict)
     data: str = "needed"
+    sources: Mapping[str, str] = field(default_factory=dict)
     same_tensors: Callable[[Any], bool] = lambda options: True
 
     def resolve(self, values: Mapping[str, Any], *, where: str = "") -> O:
@@ -104,16 +109,17 @@ class Maker(Method, Generic[O]):
             model, teacher: folders of saved models.
             data: what to train on.
             folder: for checkpoints.
-            options: the method's options.
+            options: the method's options, and its further data by name.
 
         Raises:
             UserError: for models, data and options that the method cannot take.
         """
+        sources = {name: Path(options.pop(name)) for name in self.sources if options.get(name) is not None}
         models = {"model": Path(model)} | ({"teacher": Path(teacher)} if teacher is not None else {})
         self.check(models, Path(data) if data is not None else None)
         given, resolved = Path(data) if data is not None else None, self.resolve(options)
-        key = _content_key(self.name, models, resolved, given)
-        return self.run(Work(models, resolved, given, Path(folder), key, device, tell or _untold))
+        key = _content_key(self.name, models, resolved, given, sources)
+        return self.run(Work(models, resolved, given, Path(folder), key, device, tell or _untold, sources=sources))
 
     def check(self, models: Mapping[str, Any], data: Any, *, where: str = "") -> None:
         """Raise RG304 or RG601 if a model or the data is missing, RG302 for one that has no place here."""
@@ -129,12 +135,16 @@ class Maker(Method, Generic[O]):
             raise UserError("RG302", f"{self.name} reads no data", where=where, fix="leave it out")
 
 
-def _content_key(name: str, models: Mapping[str, Path], options: Options, data: Path | None) -> str:
+def _content_key(
+    name: str, models: Mapping[str, Path], options: Options, data: Path | None, sources: Mapping[str, Path]
+) -> str:
     """Names what a run depends on, so that checkpoints and caches of another one in the same folder are not taken."""
     digests = {role: open_checkpoint(str(path)).digest() for role, path in models.items()}
-    files = [] if data is None else sorted(data.rglob("*")) if data.is_dir() else [data]
-    states = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
-    facts = [name, options.model_dump(mode="json"), digests, states]
+    states = []
+    for place in (*([] if data is None else [data]), *sources.values()):
+        files = sorted(place.rglob("*")) if place.is_dir() else [place]
+        states.append([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()])
+    facts = [name, options.model_dump(mode="json"), digests, sorted(sources), states]
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -146,6 +156,7 @@ def maker(
     papers: tuple[Paper, ...] = (),
     roles: Mapping[str, bool] | None = None,
     data: str = "needed",
+    sources: Mapping[str, str] | None = None,
     same_tensors: Callable[[Any], bool] = lambda options: True,
 ) -> Callable[[Callable[[Work[O]], Made]], Maker[O]]:
     """Register a maker under the function's name."""
@@ -161,6 +172,7 @@ def maker(
             run=function,
             roles=roles or {},
             data=data,
+            sources=sources or {},
             same_tensors=same_tensors,
         )
         register(made)

@@ -1,8 +1,9 @@
-"""Smaller models of an architecture, to be trained: of random weights, or of some layers of a trained one."""
+"""Smaller models of an architecture, to be trained: of random weights, or of some parts of a trained one."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,31 +15,40 @@ from regraft.methods import Options
 from regraft.resize.surgery import surgeries_of
 
 _SIZES = ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+_ALLOWED: dict[str, tuple[str, ...]] = {
+    "weights": (),
+    "layers": ("num_layers",),
+    "bottom": ("num_layers",),
+    "embeddings": ("num_layers", "num_attention_heads", "intermediate_size"),
+    "random": _SIZES,
+}
 
 
 class SizeOptions(Options):
     """What the model that is trained is made of: the given one, or another of its architecture."""
 
-    init: Literal["weights", "layers", "random"] = Field(
-        "weights", description="train the model as it is, evenly spaced layers of it, or one with random weights"
+    init: Literal["weights", "layers", "bottom", "embeddings", "random"] = Field(
+        "weights",
+        description="train the model as it is, evenly spaced layers of it, its lowest layers, or random weights "
+        "with or without its token embeddings",
     )
-    num_layers: int | None = Field(None, ge=1, description="layers of the new model, for init: layers or random")
+    num_layers: int | None = Field(None, ge=1, description="layers of the new model, for any init but weights")
     hidden_size: int | None = Field(None, ge=1, description="its width, for init: random")
     num_attention_heads: int | None = Field(
-        None, ge=1, description="its heads, for init: random; as wide as those of the model if not given"
+        None, ge=1, description="its heads, for random weights; as wide as those of the model if not given"
     )
     intermediate_size: int | None = Field(
-        None, ge=1, description="its feed-forward width, for init: random; in proportion to the width if not given"
+        None, ge=1, description="its feed-forward width, for random weights; in proportion to the width if not given"
     )
 
     @model_validator(mode="after")
     def _sizes_fit_init(self) -> SizeOptions:
         given = [name for name in _SIZES if getattr(self, name) is not None]
-        allowed = {"weights": (), "layers": ("num_layers",), "random": _SIZES}[self.init]
+        allowed = _ALLOWED[self.init]
         if wrong := [name for name in given if name not in allowed]:
             raise ValueError(f"{wrong[0]} has no place with init: {self.init}")
-        if self.init == "layers" and not given:
-            raise ValueError("init: layers needs num_layers")
+        if self.init in ("layers", "bottom") and not given:
+            raise ValueError(f"init: {self.init} needs num_layers")
         return self
 
 
@@ -57,25 +67,63 @@ def student_of(model: Any, options: SizeOptions, seed: int) -> Any:
         return model
     if surgeries_of(model.config):
         raise UserError("RG309", "another size of a compressed model", fix="take the dense model")
+    if options.init == "random" and not any(getattr(options, name) for name in _SIZES):
+        return _random(model, copy.deepcopy(model.config), seed)
     if len(modules_of(model).blocks) != 1:
         raise UserError("RG309", "another size of a model with several stacks of layers", fix="use init: weights")
     config = copy.deepcopy(model.config)
     depth = config.num_hidden_layers
     layers = options.num_layers or depth
-    if options.init == "layers" and layers > depth:
+    if options.init in ("layers", "bottom") and layers > depth:
         raise UserError("RG303", f"{layers} layers of a model that has {depth}", fix="give a smaller num_layers")
     config.num_hidden_layers = layers
     for name in ("layer_types",):
         if isinstance(kinds := getattr(config, name, None), list):
             setattr(config, name, kinds[:layers])
-    if options.init == "random":
+    if options.init in ("random", "embeddings"):
         _resize(config, options, modules_of(model).ffn_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student = type(model)._from_config(config, dtype=model.dtype)
+    student = _random(model, config, seed)
     if options.init == "layers":
         _copy(model, student, chosen_layers(depth, layers))
-    return student.eval()
+    elif options.init == "bottom":
+        _copy(model, student, list(range(layers)))
+    elif options.init == "embeddings":
+        _copy_embeddings(model, student)
+    return student
+
+
+def with_classes(model: Any, labels: Sequence[str], seed: int) -> Any:
+    """A classifier of texts on the body of a language model. What the body lacks, head and pooler, begins at random.
+
+    Raises:
+        UserError: RG309 for an architecture without such a classifier.
+    """
+    import transformers
+
+    config = copy.deepcopy(model.config)
+    config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+    known = transformers.AutoModelForSequenceClassification
+    if type(config) not in known._model_mapping:
+        raise UserError("RG309", f"a {config.model_type} model cannot classify texts", fix="take another architecture")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = known.from_config(config, dtype=model.dtype)
+    body = model.base_model.state_dict()
+    lacking = classifier.base_model.load_state_dict(body, strict=False)
+    assert not [name for name in lacking.missing_keys if "pooler" not in name]
+    return classifier.eval()
+
+
+def _random(model: Any, config: Any, seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(model)._from_config(config, dtype=model.dtype).eval()
+
+
+def _copy_embeddings(model: Any, student: Any) -> None:
+    with torch.no_grad():
+        student.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight)
 
 
 def chosen_layers(depth: int, layers: int) -> list[int]:

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.tap import Seen, Signal, look
 
+TEACHER = "teacher"  # the entry of a batch that only the teacher sees
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _MASKS = ("attention_mask", "decoder_attention_mask")
 
 
@@ -36,22 +38,30 @@ class Teacher:
         signals: what to look at inside it; set by the objective.
         device: where it computes; the batch's own device if None. What it says comes back to the batch's device.
         cache: where its outputs are kept, or None.
+        batch_statistics: let batch norms use the statistics of the batch, as in training, instead of their running
+            ones, which stay as they are. What the teacher says of an example then depends on its batch.
     """
 
     model: Any
     signals: Sequence[Signal] = ()
     device: torch.device | str | None = None
     cache: FeatureCache | None = None
+    batch_statistics: bool = False
     passes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.model.eval().requires_grad_(False)
+        self.model.requires_grad_(False)
+        self._still()
         if self.device is not None:
             self.model.to(self.device)
 
     def __call__(self, batch: Mapping[str, Any]) -> Seen:
-        """What the teacher makes of a batch: logits, if it has a head, and the signals. Labels are not shown to it."""
-        inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
+        """What the teacher makes of a batch: logits, if it has a head, and the signals. Labels are not shown to it.
+
+        A batch with an entry `teacher` holds a view of its own for the teacher, see `regraft.train.views`.
+        """
+        own = batch.get(TEACHER, batch)
+        inputs = {name: value for name, value in own.items() if isinstance(value, Tensor) and name != "labels"}
         home = next(iter(inputs.values())).device
         if self.cache is None:
             return self._run(inputs, home)
@@ -62,12 +72,21 @@ class Teacher:
         target = torch.device(self.device) if self.device is not None else home
         if next(self.model.parameters()).device != target:
             self.model.to(target)
-        self.model.eval()
+        self._still()
         with torch.no_grad():
             seen = look(self.model, {name: value.to(target) for name, value in inputs.items()}, self.signals)
         logits = getattr(seen.output, "logits", None)
         output = Output(logits.to(home) if logits is not None else None)
         return Seen(self.model, output, {signal: value.to(home) for signal, value in seen.signals.items()})
+
+    def _still(self) -> None:
+        """Nothing is drawn and nothing is learnt in a pass."""
+        self.model.eval()
+        if self.batch_statistics:
+            for module in self.model.modules():
+                if isinstance(module, BATCH_NORMS):
+                    module.train()
+                    module.momentum = 0.0  # the running statistics stay what they are
 
     def _cached(self, inputs: Mapping[str, Tensor], home: torch.device) -> Seen:
         assert self.cache is not None

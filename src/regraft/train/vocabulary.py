@@ -18,7 +18,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 def same_tokens(student: Path, teacher: Path) -> None:
     """Raise RG204 if the tokenizers of two models' folders have different vocabularies; models without one pass."""
-    own, other = (_vocabulary(folder) for folder in (student, teacher))
+    own, other = (vocabulary(folder) for folder in (student, teacher))
     if own is None or other is None or own == other:
         return
     different = next((token for token in own if other.get(token) != own[token]), next(iter(other)))
@@ -26,7 +26,8 @@ def same_tokens(student: Path, teacher: Path) -> None:
     raise UserError("RG204", what, fix="take a student with the teacher's tokenizer")
 
 
-def _vocabulary(folder: Path) -> dict[str, int] | None:
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """Token -> number of the tokenizer in a model's folder; None if it has none. Raises RG602 for a broken one."""
     import transformers
 
     if not has_tokenizer(folder):
@@ -37,5 +38,5 @@ def _vocabulary(folder: Path) -> dict[str, int] | None:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = f"the tokenizer cannot be loaded: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
         raise UserError("RG602", what, where=str(folder), fix="save the tokenizer beside the model") from None
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    return vocabulary
+    found: dict[str, int] = tokenizer.get_vocab()
+    return found
