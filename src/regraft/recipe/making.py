@@ -177,7 +177,7 @@ def make(plan: MakePlan, out: Path, recipe: Recipe, settings: Settings, progress
         try:
             made = plan.maker.run(work)
         except BaseException:
-            if work_folder.exists() and not list(work_folder.glob("checkpoint-*")):
+            if work_folder.exists() and not list(work_folder.rglob("checkpoint-*")):
                 shutil.rmtree(work_folder)  # nothing to go on from
             raise
         dtype = next(made.model.parameters()).dtype

@@ -150,13 +150,19 @@ def _make_step(maker: Any, shared: dict[str, Any]) -> dict[str, Any]:
         maker.room: {"const": maker.name, "description": maker.summary},
         "model": {**_TEXT, "description": "the model that it starts from"},
         "data": {**_TEXT, "description": "the path of a data file"},
-        **{role: {**_TEXT, "description": f"the model that is the {role}"} for role in maker.roles},
+        **{role: _role(maker, role) for role in maker.roles},
     }
     needed = [maker.room, "model", *(role for role, need in maker.roles.items() if need)]
     needed += ["data"] if maker.data == "needed" else []
     if maker.data == "none":
         del keys["data"]
     return _closed({**_values(maker, shared), **keys}, needed)
+
+
+def _role(maker: Any, role: str) -> dict[str, Any]:
+    if role in maker.several:
+        return {"anyOf": [_TEXT, _list(_TEXT)], "description": f"the model that is the {role}, or a list of several"}
+    return {**_TEXT, "description": f"the model that is the {role}"}
 
 
 def _mergekit() -> dict[str, Any]:
