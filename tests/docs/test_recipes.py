@@ -102,6 +102,8 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "bert" / "test.jsonl", pairs)
     pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).tolist()
     write(root / "vit" / "test.jsonl", [{"pixel_values": p, "label": i} for i, p in enumerate(pixels)])
+    pixels = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(1)).tolist()
+    write(root / "vit" / "images.jsonl", [{"pixel_values": p, "label": i % 10} for i, p in enumerate(pixels)])
     return root
 
 
