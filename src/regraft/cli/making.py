@@ -148,4 +148,17 @@ def in_words(out: Path, facts: dict[str, Any]) -> list[str]:
         history = training["history"]
         losses = f", loss {history[0]['loss']:.4g} -> {history[-1]['loss']:.4g}" if history else ""
         lines.append(f"  {training['steps']:,} steps{losses}")
+    return [*lines, *_transferred(found.get("transfer", {}))]
+
+
+def _transferred(told: dict[str, Any]) -> list[str]:
+    """What teachers knew more than the student, and what became of it on rows that were held out."""
+    lines = []
+    for teacher in told.get("teachers", []):
+        if (flips := teacher.get("flips")) is not None:
+            more, less = flips["positive"], flips["negative"]
+            lines.append(f"  {teacher['role']}: right where the student was wrong in {more:.1%}, wrong in {less:.1%}")
+        if (after := teacher.get("transferred")) is not None:
+            moved = f"{after['before']:.1%} -> {after['after']:.1%}"
+            lines.append(f"  held out: {moved}, gained {after['gain']:.1%}, lost {after['loss']:.1%}")
     return lines
