@@ -62,7 +62,7 @@ def stripes(n: int, classes: range = range(6), seed: int = 0) -> list[dict[str, 
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A vision transformer that knows the first classes, a residual network that knows the last ones; and data."""
     home = tmp_path_factory.mktemp("zoo")
-    save_model(home / "new vit", "vit", **labels())
+    save_model(home / "new vit", "vit", num_labels=6, **labels())
     save_resnet(home / "new resnet")
     for name, classes, rate in (("vit", range(4), 3e-3), ("resnet", range(2, 6), 1e-2)):
         rows = write_rows(home / f"{name}.jsonl", stripes(160, classes))
@@ -170,7 +170,7 @@ def test_labels_in_another_order(zoo: Path, tmp_path: Path) -> None:
 
 def test_each_model_prepares_images_by_its_own_means(tmp_path: Path) -> None:
     for name, size in (("s", 8), ("t", 16)):
-        save_model(tmp_path / name, "vit", seed=size, image_size=size, num_channels=3, **labels())
+        save_model(tmp_path / name, "vit", seed=size, image_size=size, num_channels=3, num_labels=6, **labels())
         processor = hf.ViTImageProcessorPil(size={"height": size, "width": size})
         processor.save_pretrained(tmp_path / name)
     images = (np.random.default_rng(0).random((24, 12, 12)) * 255).round()
@@ -347,7 +347,13 @@ def test_teachers_that_cannot_teach_are_refused(zoo: Path, tmp_path: Path) -> No
     refused("there are no labels, which the partition", "RG309", zoo / "resnet", data=zoo / "unlabelled.jsonl")
     refused("held_out measures with labels", "RG309", zoo / "resnet", data=zoo / "unlabelled.jsonl",
             partition="confidence", held_out=0.5)  # fmt: skip
-    refused("hold", "RG601", zoo / "resnet", data=write_rows(tmp_path / "one.jsonl", stripes(1)), held_out=0.5)
+    refused(
+        "held out leave none to train on",
+        "RG601",
+        zoo / "resnet",
+        data=write_rows(tmp_path / "one.jsonl", stripes(1)),
+        held_out=0.5,
+    )
     refused("without a choice between them", "RG309", [zoo / "resnet", zoo / "new vit"], several="parallel",
             partition="none")  # fmt: skip
     refused("nothing to compare a single example with", "RG303", zoo / "vit", student=zoo / "resnet",

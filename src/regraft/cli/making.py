@@ -104,7 +104,7 @@ def _make(
     from regraft.recipe import parse_recipe
     from regraft.recipe.making import make_one
 
-    body: dict[str, Any] = {verb: method, **models}
+    body: dict[str, Any] = {verb: method}
     references = {role: f"./{ref}" if "/" not in ref and Path(ref).exists() else ref for role, ref in models.items()}
     body |= {role: role for role in models if not role.startswith("teacher")}
     teachers = [role for role in models if role.startswith("teacher")]
