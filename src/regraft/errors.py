@@ -37,6 +37,7 @@ CODES: dict[str, tuple[str, str]] = {
     "RG210": ("no usable tokenizer", "Vocabularies are to become one, and a model has no tokenizer.json, or one that cannot be united with the others."),
     "RG211": ("another base", "The delta was made from another base; --force adds it all the same and says how far the two bases are apart."),
     "RG212": ("no difference", "The model and the base have the same weights, so that there is no delta."),
+    "RG213": ("nothing to transfer", "The teacher would teach the student nothing: wherever it was looked at, the student knows as well."),
     "RG301": ("unknown method", "No method of this name is registered."),
     "RG302": ("unknown key or option", "The recipe has a key that is not known here; nothing is ignored silently."),
     "RG303": ("value out of range", "An option's value has the wrong type or lies outside its range."),

@@ -105,7 +105,7 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "vit" / "test.jsonl", [{"pixel_values": p, "label": i} for i, p in enumerate(pixels)])
     for name, numbers in (("images", range(12)), ("more", range(8, 24))):
         more = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(1))[list(numbers)].tolist()
-        write(root / "vit" / f"{name}.jsonl", [{"pixel_values": p} for p in more])
+        write(root / "vit" / f"{name}.jsonl", [{"pixel_values": p, "label": i % 10} for i, p in enumerate(more)])
     add_tokenizer(shutil.copytree(root / "bert" / "org" / "base", root / "topics" / "org" / "base"))
     save_classifier(root / "topics" / "org" / "maths")
     for name in ("texts", "domain"):

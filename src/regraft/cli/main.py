@@ -18,6 +18,7 @@ from regraft.cli.claims import claims
 from regraft.cli.compare import compare
 from regraft.cli.delta import delta
 from regraft.cli.extract_lora import extract_lora
+from regraft.cli.flips import flips
 from regraft.cli.inspect import inspect
 from regraft.cli.lean import collect_seldom, leave_at_once
 from regraft.cli.making import compress, export, train
@@ -47,6 +48,7 @@ for function in (
     export,
     inspect,
     compare,
+    flips,
     report,
     extract_lora,
     methods,

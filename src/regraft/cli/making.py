@@ -17,7 +17,10 @@ MethodName = Annotated[str, typer.Argument(metavar="METHOD", help="A method; `re
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model to start from: a folder, or a Hub id.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the model; it must not exist, or be empty.")]
 Data = Annotated[Path | None, typer.Option("--data", metavar="PATH", help="A data file or folder.")]
-Teacher = Annotated[str | None, typer.Option("--teacher", metavar="MODEL", help="The model to learn from.")]
+Teachers = Annotated[
+    list[str],
+    typer.Option("--teacher", metavar="MODEL", help="The model to learn from; may be repeated where a method says so."),
+]
 Assignments = Annotated[
     list[str],
     typer.Option("--set", metavar="OPTION=VALUE", help="An option of the method: --set ratio=2; may be repeated."),
@@ -49,7 +52,7 @@ def train(
     model: Model,
     out: Out,
     data: Data = None,
-    teacher: Teacher = None,
+    teacher: Teachers = [],  # noqa: B006 - typer copies it
     assignments: Assignments = [],  # noqa: B006 - typer copies it
     device: opt.Device = "auto",
     as_json: opt.Json = False,
@@ -58,8 +61,10 @@ def train(
     offline: opt.Offline = False,
 ) -> None:
     """Train a model: on its own loss, or by what a teacher says. Ctrl-C keeps what is done; run it again to go on."""
+    from regraft.train.making import roles_for
+
     settings = Settings(force=force, accept_licenses=accept_licenses, offline=offline, device=device)
-    models = {"model": model} | ({"teacher": teacher} if teacher is not None else {})
+    models = {"model": model} | dict(zip(roles_for("teacher", len(teacher)), teacher, strict=True))
     _make(terminal, "train", method, models, out, data, assignments, settings, as_json)
 
 
@@ -99,9 +104,12 @@ def _make(
     from regraft.recipe import parse_recipe
     from regraft.recipe.making import make_one
 
-    body: dict[str, Any] = {verb: method, **models}
+    body: dict[str, Any] = {verb: method}
     references = {role: f"./{ref}" if "/" not in ref and Path(ref).exists() else ref for role, ref in models.items()}
-    body |= {role: role for role in models}
+    body |= {role: role for role in models if not role.startswith("teacher")}
+    teachers = [role for role in models if role.startswith("teacher")]
+    if teachers:
+        body["teacher"] = teachers[0] if len(teachers) == 1 else teachers
     if data is not None:
         body["data"] = str(data)
     text = yaml.safe_dump({"models": references, "steps": {"made": body}}, sort_keys=False, allow_unicode=True)
@@ -140,4 +148,17 @@ def in_words(out: Path, facts: dict[str, Any]) -> list[str]:
         history = training["history"]
         losses = f", loss {history[0]['loss']:.4g} -> {history[-1]['loss']:.4g}" if history else ""
         lines.append(f"  {training['steps']:,} steps{losses}")
+    return [*lines, *_transferred(found.get("transfer", {}))]
+
+
+def _transferred(told: dict[str, Any]) -> list[str]:
+    """What teachers knew more than the student, and what became of it on rows that were held out."""
+    lines = []
+    for teacher in told.get("teachers", []):
+        if (flips := teacher.get("flips")) is not None:
+            more, less = flips["positive"], flips["negative"]
+            lines.append(f"  {teacher['role']}: right where the student was wrong in {more:.1%}, wrong in {less:.1%}")
+        if (after := teacher.get("transferred")) is not None:
+            moved = f"{after['before']:.1%} -> {after['after']:.1%}"
+            lines.append(f"  held out: {moved}, gained {after['gain']:.1%}, lost {after['loss']:.1%}")
     return lines

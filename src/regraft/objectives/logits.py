@@ -63,7 +63,7 @@ class Logits(Term):
         if mine != theirs:
             what = f"the student tells {mine} classes or tokens apart and the teacher {theirs}"
             raise UserError("RG204", what, fix="take models with the same labels or vocabulary")
-        self._order = None if _tells_tokens(student) else same_classes(student.config, teacher.config)
+        self._order = None if tells_tokens(student) else same_classes(student.config, teacher.config)
 
     def __call__(self, student: Seen, batch: Batch, teacher: Seen | None) -> Tensor:
         assert teacher is not None
@@ -73,7 +73,7 @@ class Logits(Term):
         losses = logit_loss(student.logits, taught, self.kind, self.temperature)
         if losses.ndim == 1:
             return losses.mean()
-        mask = _counted(batch, losses, shifted=_predicts_next(student.model))
+        mask = _counted(batch, losses, shifted=predicts_next(student.model))
         if mask is None:
             return losses.mean()
         weights = mask.to(losses.dtype)
@@ -119,16 +119,16 @@ def _counted(batch: Batch, losses: Tensor, *, shifted: bool) -> Tensor | None:
     return None
 
 
-def _predicts_next(model: Any) -> bool:
+def predicts_next(model: Any) -> bool:
     return "CausalLM" in type(model).__name__ or type(model).__name__.endswith("LMHeadModel")
 
 
-def _tells_tokens(model: Any) -> bool:
+def tells_tokens(model: Any) -> bool:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return head is not None
 
 
 def _classes(model: Any) -> int:
-    if _tells_tokens(model):
+    if tells_tokens(model):
         return int(model.config.get_text_config().vocab_size)
     return int(getattr(model.config, "num_labels", 0))

@@ -169,7 +169,7 @@ class MakeStep:
     Attributes:
         verb: "compress" or "train".
         method: name of a method of that verb.
-        models: role ("model", "teacher") -> reference.
+        models: role ("model", "teacher"; "teacher_2" for the second of several) -> reference.
         data: path of what it is trained on, "" if there is none.
         sources: paths of further data, by the names that the method has for it.
     """

@@ -7,6 +7,7 @@ from regraft.recipe.document import MakeStep
 from regraft.recipe.fields import Field
 from regraft.recipe.names import Names
 from regraft.recipe.option_values import OptionReader
+from regraft.train.making import roles_for
 
 MAKE_VERBS = ("compress", "train")
 MAKE_KEYS = ("model", "data")
@@ -26,7 +27,9 @@ def read_make(body: Field, verb: str, names: Names, seed: int) -> MakeStep:
     )
     models = {}
     for role in ("model", *maker.roles):
-        if role in items:
+        if role in items and role in maker.several and items[role].is_list:
+            models |= _several(items[role], role, names)
+        elif role in items:
             models[role] = names.one(items[role])
         elif role == "model" or maker.roles[role]:
             raise body.error("RG304", f"{verb}: {maker.name} needs a {role}", f"add {role}: ...")
@@ -39,3 +42,12 @@ def read_make(body: Field, verb: str, names: Names, seed: int) -> MakeStep:
     if "seed" in reader.names:
         options.setdefault("seed", seed)
     return MakeStep(body.step, verb, maker.name, models, data, options, body.where, sources)
+
+
+def _several(item: Field, role: str, names: Names) -> dict[str, str]:
+    """A list of models that have one role; RG305 for one that is listed twice."""
+    listed = item.entries("a list of models")
+    found = [names.one(entry) for entry in listed]
+    if (i := names.repeated(found)) is not None:
+        raise listed[i].error("RG305", f"{found[i]} is listed twice", "list it once")
+    return dict(zip(roles_for(role, len(found)), found, strict=True))

@@ -150,7 +150,7 @@ def _make_step(maker: Any, shared: dict[str, Any]) -> dict[str, Any]:
         maker.room: {"const": maker.name, "description": maker.summary},
         "model": {**_TEXT, "description": "the model that it starts from"},
         "data": {**_TEXT, "description": "the path of a data file"},
-        **{role: {**_TEXT, "description": f"the model that is the {role}"} for role in maker.roles},
+        **{role: _role(maker, role) for role in maker.roles},
         **{name: {**_TEXT, "description": f"the path of {what}"} for name, what in maker.sources.items()},
     }
     needed = [maker.room, "model", *(role for role, need in maker.roles.items() if need)]
@@ -158,6 +158,12 @@ def _make_step(maker: Any, shared: dict[str, Any]) -> dict[str, Any]:
     if maker.data == "none":
         del keys["data"]
     return _closed({**_values(maker, shared), **keys}, needed)
+
+
+def _role(maker: Any, role: str) -> dict[str, Any]:
+    if role in maker.several:
+        return {"anyOf": [_TEXT, _list(_TEXT)], "description": f"the model that is the {role}, or a list of several"}
+    return {**_TEXT, "description": f"the model that is the {role}"}
 
 
 def _mergekit() -> dict[str, Any]:

@@ -138,6 +138,9 @@ class Engine(transformers.Trainer):
         if self.optimizer is None:
             o = self.options
             groups = parameter_groups(model or self.model, o.learning_rate, o.weight_decay, o.layer_lr_decay)
+            if o.optimizer == "sgd":
+                self.optimizer = torch.optim.SGD(groups, lr=o.learning_rate, momentum=o.momentum)
+                return self.optimizer
             betas = (o.adam_beta1, o.adam_beta2)
             self.optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=betas, eps=o.adam_epsilon)
         return self.optimizer
@@ -211,18 +214,18 @@ class Engine(transformers.Trainer):
     # -- the running mean of the weights ------------------------------------------------------------------------
 
     def average(self) -> None:
-        """Take the weights after a step into their running mean; the first steps count more, so that it has no bias."""
-        decay = self.options.ema
-        if not decay:
+        """Take the weights after a step into their running mean, and the statistics of normalisations with them."""
+        o = self.options
+        done = self.state.global_step
+        if not o.ema or (done - 1) % o.ema_every:
             return
         with torch.no_grad():
-            weights = dict(unwrapped(self.model).named_parameters())
+            weights = self._averaged()
             if self.ema is None:
-                self.ema = {
-                    name: value.detach().clone().float() for name, value in weights.items() if value.requires_grad
-                }
+                self.ema = {name: value.detach().clone().float() for name, value in weights.items()}
                 return
-            decay = min(decay, (1 + self.state.global_step) / (10 + self.state.global_step))
+            taken = (done - 1) // o.ema_every + 1  # the first steps count more, so that the mean has no bias
+            decay = min(o.ema, (1 + taken) / (10 + taken)) if o.ema_warmup else o.ema
             for name, mean in self.ema.items():
                 mean.lerp_(weights[name].detach().float(), 1 - decay)
 
@@ -230,9 +233,15 @@ class Engine(transformers.Trainer):
         """Give the model the running mean as its weights."""
         if self.ema is not None:
             with torch.no_grad():
-                for name, value in unwrapped(self.model).named_parameters():
-                    if name in self.ema:
-                        value.copy_(self.ema[name])
+                for name, value in self._averaged().items():
+                    value.copy_(self.ema[name])
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """What has a running mean: weights that are trained, and buffers of floats (of batch norms) that move."""
+        bare = unwrapped(self.model)
+        weights = {name: value for name, value in bare.named_parameters() if value.requires_grad}
+        moving = {name: value for name, value in bare.named_buffers() if value.is_floating_point()}
+        return {**weights, **moving}
 
 
 class _Steps(transformers.TrainerCallback):

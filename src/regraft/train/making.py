@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -35,7 +35,7 @@ class Work(Generic[O]):
     """What a maker is given.
 
     Attributes:
-        models: role ("model", "teacher") -> folder.
+        models: role ("model", "teacher") -> folder; several of a role are "teacher", "teacher_2", ...
         options: resolved.
         data: file or folder, None where the step names none.
         sources: further data by name, as far as it is given.
@@ -73,6 +73,7 @@ class Maker(Method, Generic[O]):
 
     Attributes:
         roles: the models that it takes besides "model", each with whether it is needed.
+        several: the roles that more than one model may have.
         data: "needed", "optional" or "none".
         sources: further data files that it may be given, by the key of a step, with what each is.
         same_tensors: whether, with these options, the result has the tensors of "model", by name and shape.
@@ -80,6 +81,7 @@ class Maker(Method, Generic[O]):
 
     run: Callable[[Work[O]], Made]
     roles: Mapping[str, bool] = field(default_factory=dict)
+    several: frozenset[str] = frozenset()
     data: str = "needed"
     sources: Mapping[str, str] = field(default_factory=dict)
     same_tensors: Callable[[Any], bool] = lambda options: True
@@ -98,7 +100,7 @@ class Maker(Method, Generic[O]):
         *,
         data: Path | str | None = None,
         folder: Path | str,
-        teacher: Path | str | None = None,
+        teacher: Path | str | Sequence[Path | str] | None = None,
         device: str = "auto",
         tell: Tell | None = None,
         **options: Any,
@@ -106,7 +108,7 @@ class Maker(Method, Generic[O]):
         """Make a model: `pela("bert", data="corpus.jsonl", folder="work", ratio=2, num_train_epochs=1).model`.
 
         Args:
-            model, teacher: folders of saved models.
+            model, teacher: folders of saved models; a list where the method takes several teachers.
             data: what to train on.
             folder: for checkpoints.
             options: the method's options, and its further data by name.
@@ -115,7 +117,9 @@ class Maker(Method, Generic[O]):
             UserError: for models, data and options that the method cannot take.
         """
         sources = {name: Path(options.pop(name)) for name in self.sources if options.get(name) is not None}
-        models = {"model": Path(model)} | ({"teacher": Path(teacher)} if teacher is not None else {})
+        taught_by = [] if teacher is None else [teacher] if isinstance(teacher, str | Path) else list(teacher)
+        names = roles_for("teacher", len(taught_by))
+        models = {"model": Path(model)} | dict(zip(names, map(Path, taught_by), strict=True))
         self.check(models, Path(data) if data is not None else None)
         given, resolved = Path(data) if data is not None else None, self.resolve(options)
         key = _content_key(self.name, models, resolved, given, sources)
@@ -127,12 +131,19 @@ class Maker(Method, Generic[O]):
             if needed and role not in models:
                 raise UserError("RG304", f"{self.name} needs a {role}", where=where, fix=f"add {role}: ...")
         for role in models:
-            if role != "model" and role not in self.roles:
+            head, _, number = role.rpartition("_")
+            known = head if head in self.several and number.isdecimal() else role
+            if known != "model" and known not in self.roles:
                 raise UserError("RG302", f"{self.name} takes no {role}", where=where, fix="leave it out")
         if data is None and self.data == "needed":
             raise UserError("RG601", f"{self.name} needs data", where=where, fix="add data: ...")
         if data is not None and self.data == "none":
             raise UserError("RG302", f"{self.name} reads no data", where=where, fix="leave it out")
+
+
+def roles_for(role: str, count: int) -> list[str]:
+    """The roles of several models of one kind: teacher, teacher_2, teacher_3."""
+    return [role if i == 0 else f"{role}_{i + 1}" for i in range(count)]
 
 
 def _content_key(
@@ -155,6 +166,7 @@ def maker(
     options: type[O],
     papers: tuple[Paper, ...] = (),
     roles: Mapping[str, bool] | None = None,
+    several: frozenset[str] = frozenset(),
     data: str = "needed",
     sources: Mapping[str, str] | None = None,
     same_tensors: Callable[[Any], bool] = lambda options: True,
@@ -171,6 +183,7 @@ def maker(
             doc=sys.modules[function.__module__].__doc__ or "",
             run=function,
             roles=roles or {},
+            several=several,
             data=data,
             sources=sources or {},
             same_tensors=same_tensors,

@@ -12,7 +12,9 @@ from regraft.methods import Options
 class TrainOptions(Options):
     """How to train, whatever the objective is."""
 
-    learning_rate: float = Field(5e-5, gt=0, le=10, description="the highest learning rate of AdamW")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or gradient descent with momentum")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of gradient descent")
+    learning_rate: float = Field(5e-5, gt=0, le=10, description="the highest learning rate")
     per_device_train_batch_size: int = Field(8, ge=1, description="examples per pass and device")
     gradient_accumulation_steps: int = Field(1, ge=1, description="passes whose gradients are averaged for one step")
     num_train_epochs: float = Field(3.0, gt=0, description="passes over the data, where max_steps is not given")
@@ -35,6 +37,10 @@ class TrainOptions(Options):
     )
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay of a running mean of the weights, which is what is saved; 0 for none"
+    )
+    ema_every: int = Field(1, ge=1, description="steps between two that enter the running mean, the first one included")
+    ema_warmup: bool = Field(
+        True, description="the first steps count more, so that the mean has no bias to the start; else it begins there"
     )
     bf16: bool = Field(False, description="compute in bfloat16 where that is safe, weights stay in float32")
     gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
