@@ -125,7 +125,7 @@ def _making_recipe(maker: Maker[Any]) -> str:
     lines = ["models:", "  base: org/base", *(["  expert: org/maths"] if maker.roles else [])]
     lines += ["steps:", "  made:", f"    {maker.room}: {maker.name}", "    model: base"]
     lines += [f"    {role}: expert" for role in maker.roles]
-    lines += ["    data: texts.jsonl"] if maker.data != "none" else []
+    lines += [f"    data: {maker.example}"] if maker.data != "none" else []
     if "max_steps" in maker.options.model_fields:
         lines += ["    max_steps: 2", "    per_device_train_batch_size: 4", "    warmup_ratio: 0.1"]
     return "\n".join(lines) + "\n"
@@ -260,7 +260,7 @@ def _python_metric(metric: Metric[Any]) -> str:
 
 def _python_maker(maker: Maker[Any]) -> str:
     arguments = ['"org/base"', *(f'{role}="org/maths"' for role in maker.roles)]
-    arguments += ['data="texts.jsonl"'] if maker.data != "none" else []
+    arguments += [f'data="{maker.example}"'] if maker.data != "none" else []
     arguments += ['folder="checkpoints"', *(["max_steps=2"] if "max_steps" in maker.options.model_fields else [])]
     home = "regraft.resize.methods" if maker.room == "compress" else "regraft.train.methods"
     call = f"made = {maker.name}({', '.join(arguments)})"
