@@ -76,15 +76,20 @@ def test_its_other_losses_and_projector(options: dict[str, Any], data: Path, tmp
     assert ("temperature" in made.diagnostics["descriptions"]) == (options.get("alignment") != "byol")
 
 
-def test_a_new_head_and_the_new_sizes_of_a_model(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "options"), [("vit", {"init": "random", "hidden_size": 16}), ("resnet", {})])
+def test_a_new_head_on_a_model_that_has_another(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     rows = [row | {"label": "ab"[row["label"] % 2]} for row in described()]
+    folder = save_classifier(tmp_path / "model", family)
     made = gpt4image(
-        save_classifier(tmp_path / "model", "vit"), teacher=save_encoder(tmp_path / "text", "bert"),
-        data=write_rows(tmp_path / "named.jsonl", rows), folder=tmp_path / "a", max_steps=2,
-        head="image_classification", labels=("a", "b"), init="random", num_layers=1, hidden_size=16, **FAST,
+        folder, teacher=save_encoder(tmp_path / "text", "bert"),
+        data=write_rows(tmp_path / "named.jsonl", rows), folder=tmp_path / "a", max_steps=2, learning_rate=1e-6,
+        head="image_classification", labels=("a", "b"), **options, **FAST,
     )  # fmt: skip
     assert made.model.config.id2label == {0: "a", 1: "b"}
-    assert made.model.classifier.in_features == 16
+    assert made.model(pixel_values=torch.rand(1, 1, 8, 8)).logits.shape == (1, 2)
+    if not options:  # the body is that of the model
+        name = next(name for name, _ in made.model.named_parameters())
+        assert torch.allclose(made.model.state_dict()[name], regraft.load(folder).state_dict()[name], atol=1e-4)
 
 
 def test_a_description_that_is_missing_and_remarks(tmp_path: Path) -> None:
