@@ -42,6 +42,7 @@ RANGES = {
 EXAMPLES = {
     "ssld": {"data": "images.jsonl", "unlabelled": "more.jsonl"},
     "pretrained_distillation": {"data": "domain.jsonl", "corpus": "texts.jsonl"},
+    "gpt4image": {"data": "described.jsonl"},
 }
 # Names that the recipes on these pages give to their models, in this order.
 EXPERTS = ("maths", "code")

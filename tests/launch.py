@@ -1,5 +1,7 @@
 """What each process of a launched run does: train an image classifier, and leave losses and weights in a folder.
 
+Where the data has texts, these are taken for descriptions of the images.
+
 python -m torch.distributed.run --standalone --nproc_per_node 2 launch.py MODEL DATA FOLDER BATCH
 """
 
@@ -8,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import regraft
+from regraft.objectives.descriptions import Descriptions, with_descriptions
 from regraft.objectives.own_loss import OwnLoss
 from regraft.train.batches import batches_for
 from regraft.train.data import open_data
@@ -21,11 +25,22 @@ from regraft.train.objective import Sum
 from regraft.train.options import TrainOptions
 
 
+def embeddings(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A vector that depends on the text alone."""
+    numbers = [sum(map(ord, text)) for text in texts]
+    vectors = [torch.randn(8, generator=torch.Generator().manual_seed(number)) for number in numbers]
+    return torch.nn.functional.normalize(torch.stack(vectors), dim=-1), torch.tensor(numbers)
+
+
 def main(model: Path, data: Path, folder: Path, batch: int) -> None:
     torch.set_num_threads(1)
     whole = regraft.load(model)
     rows = open_data(data)
-    objective = Sum(batches_for(whole, model, rows[0]).collate, [(1.0, OwnLoss())])
+    collate = batches_for(whole, model, rows[0]).collate
+    objective = Sum(collate, [(1.0, OwnLoss())])
+    if "text" in rows[0]:
+        aligned = with_descriptions(collate, embeddings)  # type: ignore[arg-type]
+        objective = Sum(aligned, [(1.0, OwnLoss()), (0.3, Descriptions(8))])
     options = TrainOptions(max_steps=4, per_device_train_batch_size=batch, logging_steps=1, learning_rate=1e-3)
     result = train(whole, objective, rows, options, folder=folder / "checkpoints", device="cpu")
     if os.environ.get("RANK", "0") == "0":

@@ -81,6 +81,9 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for folder in (base, *(root / kind / name for name in MODELS)):
             if kind not in ("vit", "t5"):
                 write_tokenizer(folder)
+    images = root / "described"  # an image classifier, and the text encoder of its descriptions
+    for name, kind in (("base", "vit"), ("maths", "bert"), ("photos", "vit"), ("clip", "bert")):
+        shutil.copytree(root / kind / "org" / "base", images / "org" / name)
     encoder = root / "bert" / "sentence-transformers" / "all-MiniLM-L6-v2"
     hf.BertModel.from_pretrained(root / "bert" / "org" / "base").save_pretrained(encoder)
     write_tokenizer(encoder)
@@ -102,7 +105,14 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [{"sentence1": words[i], "sentence2": words[i + 1], "score": i} for i in range(8)]
     write(root / "bert" / "test.jsonl", pairs)
     pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).tolist()
-    write(root / "vit" / "test.jsonl", [{"pixel_values": p, "label": i} for i, p in enumerate(pixels)])
+    labelled = [{"pixel_values": p, "label": i} for i, p in enumerate(pixels)]
+    write(root / "vit" / "test.jsonl", labelled)
+    write(images / "test.jsonl", labelled)
+    said = [
+        row | {"text": text["text"], "caption": f"w{i} w{i + 1}"}
+        for i, (row, text) in enumerate(zip(labelled, rows, strict=True))
+    ]
+    write(images / "described.jsonl", said)
     for name, numbers in (("images", range(12)), ("more", range(8, 24))):
         more = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(1))[list(numbers)].tolist()
         write(root / "vit" / f"{name}.jsonl", [{"pixel_values": p, "label": i % 10} for i, p in enumerate(more)])
@@ -141,8 +151,16 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def workplace(farm: Path, text: str, folder: Path) -> Path:
     """A folder in which the references and data of `text` are there."""
-    needs = {"ssld": "vit", "pretrained_distillation": "topics"}
-    needs |= {"encoder:": "t5", "tokenizer:": "words", "accuracy": "vit", "similarity": "bert", ", 32]": "deep"}
+    needs = {
+        "described.jsonl": "described",
+        "ssld": "vit",
+        "pretrained_distillation": "topics",
+        "encoder:": "t5",
+        "tokenizer:": "words",
+        "accuracy": "vit",
+        "similarity": "bert",
+        ", 32]": "deep",
+    }
     kind = next((kind for word, kind in needs.items() if word in text), "shallow")
     for entry in (farm / kind).iterdir():
         (folder / entry.name).symlink_to(entry)

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import regraft
+from described import described
 from launch import main
 from regraft.errors import UserError
 from regraft.recipe import parse_recipe
@@ -21,9 +23,10 @@ from tiny import pictures, save_tiny, write_rows
 HERE = Path(__file__).parent
 
 
-def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [pictures, described])
+def test_two_processes_are_one_with_the_doubled_batch(rows: Any, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "vit", "vit")
-    data = write_rows(tmp_path / "data.jsonl", pictures(24))
+    data = write_rows(tmp_path / "data.jsonl", rows(24))
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     main(folder, data, tmp_path / "one", 6)

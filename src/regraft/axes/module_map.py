@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from regraft.axes.module_tables import MODULES, ModuleTable
+from regraft.axes.module_tables import CLASSIFIERS, MODULES, ModuleTable
 from regraft.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -161,6 +161,12 @@ def modules_of(model: Any) -> ModuleMap:
     """
     family = str(getattr(getattr(model, "config", None), "model_type", "") or "")
     return module_map(family, [name for name, _ in model.named_modules()])
+
+
+def classifier_of(model: Any) -> str:
+    """The name of the module that makes logits of a classifier's features, of any family; "" if there is none."""
+    children = {name for name, _ in model.named_children()}
+    return next((name for name in CLASSIFIERS if name in children), "")
 
 
 def check_roles(roles: Iterable[str], *, where: str = "") -> tuple[str, ...]:

@@ -44,6 +44,9 @@ def _projections(path: str, query: str, key: str, value: str, output: str, kind:
 
 _HEADS = dict.fromkeys(("lm_head", "score", "classifier", "qa_outputs"), ("head", ""))
 
+# What the classifiers of transformers call the module that gives their logits, whatever the family.
+CLASSIFIERS = ("classifier", "cls_classifier", "score", "head")
+
 LLAMA = ModuleTable(
     blocks={"": "layers.*"},
     inside={

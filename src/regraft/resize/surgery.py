@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.axes.module_map import modules_of
+from regraft.axes.module_map import classifier_of, modules_of
+from regraft.axes.module_tables import MODULES
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.weights import folder_weights
 from regraft.errors import UserError
@@ -96,8 +97,7 @@ def load(
     folder = Path(folder)
     model, missing = opened(folder, auto_class, labels=labels, seed=seed)
     if allow_missing and missing:
-        roles = modules_of(model)
-        missing = [name for name in missing if roles.depth(name) is not None]
+        missing = [name for name in missing if not _above_the_body(model, name)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         what = f"the folder has no weights for {missing[0]}{more}"
@@ -137,8 +137,9 @@ def opened(
     kind, config = _class_and_config(plain, auto_class, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, missing = (_with_surgeries if surgeries else _stock)(kind, config, surgeries, folder, _dtype(plain))
-    return model, missing
+        if surgeries:
+            return _with_surgeries(kind, config, surgeries, folder, _dtype(plain))
+        return _stock(kind, config, folder, _dtype(plain), other_head=labels is not None)
 
 
 def export(model: Any) -> Any:
@@ -159,18 +160,20 @@ def export(model: Any) -> Any:
 
 
 def _stock(
-    kind: Any, config: Any, surgeries: list[dict[str, Any]], folder: Path, dtype: torch.dtype
+    kind: Any, config: Any, folder: Path, dtype: torch.dtype, *, other_head: bool = False
 ) -> tuple[Any, list[str]]:
     from regraft.checkpoint.model_class import REFUSALS
 
     with quiet():
         try:
             model, info = kind.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
-            )
+                folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
+                ignore_mismatched_sizes=other_head,
+            )  # fmt: skip
         except (OSError, *REFUSALS) as error:
             raise UserError("RG105", _line(error), where=str(folder), fix="check it with: regraft inspect") from None
-    return model, sorted(info["missing_keys"])
+    # A head for another number of classes has the names of the old one and other shapes: it starts at random.
+    return model, sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
 
 
 def _with_surgeries(
@@ -230,6 +233,13 @@ def _spellings(model: Any, name: str) -> tuple[str, ...]:
     """The name, and the name with and without what a model with a head puts before its base model's names."""
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     return (name, prefix + name, name.removeprefix(prefix)) if prefix else (name,)
+
+
+def _above_the_body(model: Any, name: str) -> bool:
+    """Whether a parameter belongs to what a model has on its blocks: a head or a pooler, which may be new."""
+    if model.config.model_type in MODULES:
+        return modules_of(model).depth(name) is None
+    return name.startswith(f"{classifier_of(model)}.")
 
 
 def _is_head(model: Any, name: str) -> bool:

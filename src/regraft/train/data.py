@@ -78,6 +78,13 @@ def _mapped(path: Path, split: str | None) -> Any:
     return _Named(loaded[wanted], datasets)
 
 
+def values_of(data: Any, column: str) -> Iterator[Any]:
+    """One column of all examples, in order, None where an example has none; of mapped data nothing else is read."""
+    if isinstance(data, _Named):
+        return data.column(column)
+    return (example.get(column) for example in data)
+
+
 class _Named(Sequence[Mapping[str, Any]]):
     """A dataset whose class labels are names, as they are elsewhere: models may number classes in another order."""
 
@@ -94,6 +101,11 @@ class _Named(Sequence[Mapping[str, Any]]):
             if values[name] is not None and values[name] >= 0:
                 values[name] = feature.int2str(values[name])
         return values
+
+    def column(self, name: str) -> Iterator[Any]:
+        if name not in self._data.column_names:
+            return iter([None] * len(self._data))
+        return (row[name] for row in self._data.select_columns([name]))
 
     def select(self, numbers: range) -> _Named:
         return _Named(self._data.select(numbers), self._datasets)

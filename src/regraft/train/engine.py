@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from regraft.errors import UserError
 from regraft.resize import surgery
+from regraft.train import heads
 from regraft.train.objective import Objective
 from regraft.train.options import TrainOptions
 from regraft.train.order import Keyed, Order, Stream, example_seed
@@ -193,7 +194,10 @@ class Engine(transformers.Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            surgery.save(unwrapped(self.model), folder)
+            model = unwrapped(self.model)
+            with heads.without(model) as extra:
+                surgery.save(model, folder)
+            heads.save(extra, folder)
             if self.ema is not None:
                 torch.save(self.ema, folder / EMA_FILE)
 
@@ -201,7 +205,9 @@ class Engine(transformers.Trainer):
         folder = Path(resume_from_checkpoint)
         kept = surgery.load(folder, type(unwrapped(self.model)).__name__)
         target = unwrapped(model or self.model)
-        target.load_state_dict(kept.state_dict())
+        with heads.without(target) as extra:
+            target.load_state_dict(kept.state_dict())
+        heads.load(extra, folder)
         if (folder / EMA_FILE).is_file():
             self.ema = torch.load(folder / EMA_FILE, weights_only=True, map_location=self.args.device)
 

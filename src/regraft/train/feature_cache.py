@@ -1,13 +1,15 @@
 """Tensors on disk under content keys: one file that only grows, with an index beside it.
 
-A record is written in one piece before its line of the index, and the index is read up to its last whole line, so a
-process that dies leaves nothing that is wrong. Records are read through a memory map: others are not touched.
+A record is appended in one piece before its line of the index, and a line that is not whole is passed over, so that a
+process that dies leaves nothing that is wrong, and several processes may write at once. Records are read through a
+memory map: others are not touched.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ class FeatureCache:
         self._data, self._index = folder / "features.bin", folder / "features.jsonl"
         self._model_key, self._dtype = model_key, dtype
         self._known: dict[str, tuple[int, list[Any]]] = {}
+        self._memory: Any = np.empty(0, np.uint8)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._data.touch()
@@ -68,10 +71,11 @@ class FeatureCache:
         if key not in self._known:
             return None
         offset, parts = self._known[key]
-        memory = np.memmap(self._data, dtype=np.uint8, mode="r")
+        if offset + sum(part[3] for part in parts) > len(self._memory):
+            self._memory = np.memmap(self._data, dtype=np.uint8, mode="r")  # the file has grown
         found = {}
         for name, dtype, shape, size in parts:
-            raw = torch.from_numpy(np.array(memory[offset : offset + size]))
+            raw = torch.from_numpy(np.array(self._memory[offset : offset + size]))
             found[name] = raw.view(getattr(torch, dtype)).reshape(shape)
             offset += size
         return found
@@ -84,24 +88,33 @@ class FeatureCache:
             piece = _bytes(value)
             parts.append([name, str(value.dtype).removeprefix("torch."), list(value.shape), len(piece)])
             pieces.append(piece)
-        with self._data.open("ab") as data:
-            offset = data.tell()
-            data.write(b"".join(pieces))
-        with self._index.open("a", encoding="utf-8") as index:
-            index.write(json.dumps([key, offset, parts]) + "\n")
+        offset = _append(self._data, b"".join(pieces))
+        _append(self._index, (json.dumps([key, offset, parts]) + "\n").encode())
         self._known[key] = (offset, parts)
 
     def _load(self) -> None:
         size = self._data.stat().st_size
         text = self._index.read_text(encoding="utf-8")
-        whole, newline, _ = text.rpartition("\n")
-        if text != whole + newline:  # a process died while it wrote the last line
-            self._index.write_text(whole + newline, encoding="utf-8")
-        for line in whole.split("\n"):
-            if line:
+        if text and not text.endswith("\n"):  # a process died while it wrote the last line
+            _append(self._index, b"\n")
+        for line in text.split("\n"):
+            try:
                 key, offset, parts = json.loads(line)
-                if offset + sum(part[3] for part in parts) <= size:
-                    self._known[key] = (offset, parts)
+            except (ValueError, TypeError):
+                continue  # empty, or not whole
+            if offset + sum(part[3] for part in parts) <= size:
+                self._known[key] = (offset, parts)
+
+
+def _append(path: Path, content: bytes) -> int:
+    """Add to the end of a file in one piece, whoever else does; where the piece begins."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        if os.write(descriptor, content) != len(content):
+            raise OSError("the disk is full")
+        return os.lseek(descriptor, 0, os.SEEK_CUR) - len(content)
+    finally:
+        os.close(descriptor)
 
 
 def _bytes(value: Tensor) -> bytes:

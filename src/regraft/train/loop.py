@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from regraft.errors import UserError
+from regraft.train import heads
 from regraft.train.objective import Objective
 from regraft.train.options import TrainOptions
 
@@ -94,17 +95,35 @@ def train(
     options = options or TrainOptions()
     _need_accelerate(options)
     _check_model(model)
-    from regraft.train.engine import Engine, checkpoints
-
     folder = Path(folder)
     examples = len(data) if isinstance(data, Sized) else None
     if examples == 0:
         raise UserError("RG601", "the data is empty", fix="give data with at least one example")
     steps = steps_of(options, examples, _processes())
-    objective.prepare(model)
+    try:
+        objective.prepare(model)
+        return _run(model, objective, data, options, steps, folder, key, device, tell)
+    finally:
+        heads.remove(model)
+
+
+def _run(
+    model: Any,
+    objective: Objective,
+    data: Any,
+    options: TrainOptions,
+    steps: int,
+    folder: Path,
+    key: str,
+    device: str,
+    tell: Tell | None,
+) -> TrainResult:
+    """`train`, of a model and an objective that are ready."""
+    from regraft.train.engine import Engine, checkpoints
+
     if options.gradient_checkpointing:
         _keep_activations(model, False)
-    _claim_together(folder, options, examples, key, device)
+    _claim_together(folder, options, len(data) if isinstance(data, Sized) else None, key, device)
     use_cache = getattr(model.config, "use_cache", None)
     begun = time.monotonic()
     with _stopping() as stop:

@@ -18,10 +18,10 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from regraft.axes.module_map import ModuleMap, modules_of
+from regraft.axes.module_map import ModuleMap, classifier_of, modules_of
 from regraft.errors import UserError
 
-KINDS = ("block", "block_input", "query", "key", "value")
+KINDS = ("block", "block_input", "query", "key", "value", "features")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Signal:
 
     Attributes:
         kind: "block" and "block_input" (hidden states behind and before a block, (B, T, width)), or "query", "key",
-            "value" (what the projection of self-attention gives, with bias, before heads and rotation, (B, T, width)).
+            "value" (what the projection of self-attention gives, with bias, before heads and rotation, (B, T, width)),
+            "features" (what goes into the head of a classifier; of a model of any family, whatever stack and block).
         stack: "" for the only stack, else "encoder", "decoder", "text", "vision".
         block: number of the block; negative numbers count from the last one.
     """
@@ -112,10 +113,8 @@ def tapped(model: nn.Module, signals: Sequence[Signal], into: dict[Signal, Tenso
     """Within the context, each pass of the model enters its signals in `into`."""
     handles: list[Any] = []
     try:
-        if signals:
-            roles = _roles(model)
-            for signal in signals:
-                handles.append(_hook(model, roles, signal, into))
+        for signal in signals:
+            handles.append(_hook(model, signal, into))
         yield
     finally:
         for handle in handles:
@@ -134,7 +133,16 @@ def _roles(model: nn.Module) -> ModuleMap:
     return known[1]
 
 
-def _hook(model: nn.Module, roles: ModuleMap, signal: Signal, into: dict[Signal, Tensor]) -> Any:
+def _hook(model: nn.Module, signal: Signal, into: dict[Signal, Tensor]) -> Any:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        into[signal] = args[0] if args else kwargs["hidden_states"]
+
+    if signal.kind == "features":
+        if not (head := classifier_of(model)):
+            what = f"a {type(model).__name__} has no head whose input could be looked at"
+            raise UserError("RG309", what, fix="use a classifier")
+        return model.get_submodule(head).register_forward_pre_hook(before, with_kwargs=True)
+    roles = _roles(model)
     blocks = roles.blocks.get(signal.stack)
     if blocks is None or not -len(blocks) <= signal.block < len(blocks):
         there = ", ".join(f"{len(b)} in {s or 'its stack'}" for s, b in roles.blocks.items())
@@ -142,10 +150,6 @@ def _hook(model: nn.Module, roles: ModuleMap, signal: Signal, into: dict[Signal,
         raise UserError("RG303", what, fix="name a block that is there")
     block = blocks[signal.block]
     if signal.kind == "block_input":
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            into[signal] = args[0] if args else kwargs["hidden_states"]
-
         return model.get_submodule(block).register_forward_pre_hook(before, with_kwargs=True)
     if signal.kind == "block":
 
