@@ -1,9 +1,9 @@
 """How long a pass of a model takes whose linear layers are low-rank, beside the original: one run, taking turns.
 
-    python benchmarks/low_rank_latency.py --rounds 7 --out benchmarks/results/low_rank_latency.json
+    python benchmarks/low_rank_latency.py --layers 4 --rounds 5 --out benchmarks/results/low_rank_latency.json
 
-The models have the shapes of ViT-base (224 x 224 pixels, 197 tokens) and BERT-base (128 tokens) with random weights,
-which a pass takes as long for as any. The vision transformer keeps half of all its parameters, the encoder of text half
+The blocks are those of ViT-base (224 x 224 pixels, 197 tokens) and BERT-base (128 tokens), twelve of them unless told
+otherwise, with random weights, which a pass takes as long for as any. The vision transformer keeps half of all its parameters, the encoder of text half
 of its linear layers, for a fifth of its parameters are embeddings. Of each round the share of the original's time is
 taken, and of these shares the median.
 """
@@ -29,7 +29,7 @@ from regraft.resize.factorise import LowRankOptions, factorise
 
 LIMIT = 0.65  # the share of the original's time that half of the parameters may take
 BATCHES = (1, 32)
-WARM_UP = 2
+WARM_UP = 1
 
 
 def vit(width: int, layers: int) -> tuple[Any, Any, Callable[[int], dict[str, torch.Tensor]]]:
@@ -111,7 +111,8 @@ def main() -> None:
             f"{row['flops'][1] / row['flops'][0]:.2f} of the operations"
         )
     if options.out is not None:
-        command = f"python benchmarks/low_rank_latency.py --rounds {options.rounds} --threads {options.threads}"
+        sizes = f"--width {options.width} --layers {options.layers} --threads {options.threads}"
+        command = f"python benchmarks/low_rank_latency.py {sizes} --rounds {options.rounds}"
         results = {
             "benchmark": "low_rank_latency",
             "date": datetime.now(timezone.utc).date().isoformat(),

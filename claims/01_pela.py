@@ -7,8 +7,9 @@ Every arm takes the same number of steps in all. PELA starts from the truncated 
 `SVD` spends all steps on fine-tuning. `SVD + distillation` is pre-trained by features alone. `from scratch` is the same
 small architecture from random weights, pre-trained with the model's own loss. `original` is fine-tuned as PELA is.
 
-Learning rates were chosen with seed 100, at a ratio of 2, on validation data, from three for each arm (`tuned`): of the
-first stage for arms with two, whose second stage has the rate of the original.
+Each arm has two learning rates to choose from on validation data, at a ratio of 2 (on MiniLM, whose runs take longest,
+it has one); the choice is kept for the other ratios. It is the rate of the first stage of arms with two, whose second
+stage has the rate of the original.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from claims.compression import SETTINGS, Setting
 from regraft.claims.claim import Check, Claim, Figures, Plot, Row
 from regraft.objectives.features import Features
 from regraft.objectives.perturbation import Perturbation
 from regraft.resize.cost import parameters
-from regraft.resize.factorise import LowRankOptions, factorise
+from regraft.resize.factorise import LowRankOptions, plan
+from regraft.resize.low_rank import factorised, low_rank_like, replace, weight_of
 from regraft.resize.methods.pela import pela
+from regraft.resize.svd import truncated
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.loop import train
 from regraft.train.objective import Sum, Term
@@ -39,46 +43,58 @@ RATIOS = {"1.5": 1.5, "2": 2.0, "3": 3.0}
 BASELINES = {"svd": "SVD + fine-tuning", "distillation": "SVD + distillation", "scratch": "a small model from scratch"}
 ARMS = (*BASELINES, "pela")
 EVERY = 4  # steps between two that compute the penalty on perturbations, which is weighted by as much
-# Rates to choose from, of fine-tuning alone and of pre-training, and what was chosen for each arm.
-TRIES = {
-    "fine-tuning": {"MiniLM": (5e-5, 2e-4, 6e-4), "others": (3e-4, 1e-3, 3e-3)},
-    "pre-training": {"MiniLM": (2e-4, 6e-4, 2e-3), "others": (6e-4, 2e-3, 6e-3)},
-}
-RATES = {
-    "vision": {"original": 1e-3, "svd": 1e-3, "distillation": 2e-3, "scratch": 2e-3, "pela": 2e-3},
-    "text": {"original": 1e-3, "svd": 1e-3, "distillation": 2e-3, "scratch": 2e-3, "pela": 2e-3},
-    "pairs": {"original": 1e-3, "svd": 1e-3, "distillation": 2e-3, "scratch": 2e-3, "pela": 2e-3},
-    "MiniLM": {"original": 2e-4, "svd": 2e-4, "distillation": 6e-4, "scratch": 6e-4, "pela": 6e-4},
-}
+# Rates to choose from, of fine-tuning alone and of pre-training; those of MiniLM are too dear to choose from.
+FINE_TUNING = {"MiniLM": (1e-4,)}, (5e-4, 2e-3)
+PRE_TRAINING = {"MiniLM": (1e-3,)}, (1e-3, 4e-3)
 
 
 class Arms:
     """All arms on one model."""
 
-    def __init__(self, setting: Setting, folder: Path) -> None:
-        self.setting, self._folder = setting, folder
+    def __init__(self, setting: Setting, folder: Path, scale: str) -> None:
+        self.setting = setting
+        model = setting.load()
+        largest = plan(model, LowRankOptions(ratio=min(RATIOS.values()))).factorised
+        self._factors = {
+            layer.name: truncated(
+                weight_of(model.get_submodule(layer.name)), layer.rank or 1, randomized=scale == "smoke"
+            )
+            for layer in largest
+        }
         self.kept: dict[str, float] = {}  # share of the model's parameters, by ratio
         # The batches of pre-training are the same for all arms, so what the teacher says of them is kept.
         self._teacher = Teacher(setting.load(), cache=FeatureCache(folder, "teacher") if setting.cached else None)
 
-    def score(self, arm: str, ratio: str, rate: float, fine_tuning: float, part: str = "test") -> float:
-        """Of the task; `rate` is that of the first stage, `fine_tuning` that of the second where there are two."""
+    def task(self, arm: str, ratio: str, rate: float, fine_tuning: float) -> nn.Module:
+        """What an arm makes; `rate` is that of the first stage, `fine_tuning` of the second where there are two."""
         size = self.setting.size
         if arm == "original":
-            return self.setting.score(self.setting.fine_tune(self.setting.load(), size.fine_tuning, rate), part)
-        model = self.setting.load()
-        dense = parameters(model)
-        if arm == "scratch":
-            torch.manual_seed(self.setting.seed)
-            model = type(model)._from_config(copy.deepcopy(model.config))
-        factorise(model, LowRankOptions(ratio=RATIOS[ratio]))
-        self.kept[ratio] = parameters(model) / dense
+            return self.setting.fine_tune(self.setting.load(), size.fine_tuning, rate)
+        model = self._low_rank(ratio, random=arm == "scratch")
         if arm == "svd":
             steps, fine_tuning = size.pretraining + size.fine_tuning, rate
         else:
             self._pretrain(model, arm, rate)
             steps = size.fine_tuning
-        return self.setting.score(self.setting.fine_tune(model, steps, fine_tuning), part)
+        return self.setting.fine_tune(model, steps, fine_tuning)
+
+    def _low_rank(self, ratio: str, *, random: bool) -> Any:
+        """The model before any training: with factors of its matrices, or with random weights in all its places."""
+        model = self.setting.load()
+        dense = parameters(model)
+        if random:
+            torch.manual_seed(self.setting.seed)
+            model = type(model)._from_config(copy.deepcopy(model.config))
+        for layer in plan(model, LowRankOptions(ratio=RATIOS[ratio])).factorised:
+            module, rank = model.get_submodule(layer.name), layer.rank
+            if random:
+                new = low_rank_like(module, rank or 1)
+            else:  # the factors of a rank are the first of those of any larger one
+                factors = self._factors[layer.name]
+                new = factorised(module, factors.up[:, :rank], factors.down[:rank])
+            replace(model, layer.name, new)
+        self.kept[ratio] = parameters(model) / dense
+        return model
 
     def _pretrain(self, model: Any, arm: str, rate: float) -> None:
         own, features = (1.0, self.setting.own), (1.0, Features())
@@ -101,31 +117,21 @@ class Arms:
 def run(seed: int, scale: str) -> Figures:
     figures: dict[str, float] = {}
     for name, setting in SETTINGS.items():
-        rates = RATES[name]
         with tempfile.TemporaryDirectory() as folder:
-            arms = Arms(setting(seed, scale), Path(folder))
-            figures[f"original/{name}"] = arms.score("original", "", rates["original"], 0.0)
-            for arm in ARMS:
-                for ratio in RATIOS:
-                    figures[f"{arm}/{name}/{ratio}"] = arms.score(arm, ratio, rates[arm], rates["original"])
+            arms = Arms(setting(seed, scale), Path(folder), scale)
+            fine_tuning = 0.0  # of the original, and of the second stage of all that have two
+            for arm in ("original", *ARMS):
+                special, usual = FINE_TUNING if arm in ("original", "svd") else PRE_TRAINING
+                rates = special.get(name, usual)[: 1 if scale == "smoke" else None]
+                tries = {rate: arms.task(arm, "2", rate, fine_tuning) for rate in rates}
+                rate = max(tries, key=lambda rate: arms.setting.score(tries[rate], "validation"))
+                fine_tuning = fine_tuning or rate
+                for ratio in RATIOS if arm != "original" else ("2",):
+                    task = tries[rate] if ratio == "2" else arms.task(arm, ratio, rate, fine_tuning)
+                    key = f"{arm}/{name}/{ratio}" if arm != "original" else f"original/{name}"
+                    figures[key] = arms.setting.score(task, "test")
             figures |= {f"parameters kept/{name}/{ratio}": share for ratio, share in arms.kept.items()}
     return figures
-
-
-def tuned(seed: int = 100, names: Sequence[str] = tuple(SETTINGS)) -> dict[str, dict[str, dict[float, float]]]:
-    """What each rate gives on validation data at a ratio of 2: what `RATES` were chosen by."""
-    found: dict[str, dict[str, dict[float, float]]] = {}
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            arms = Arms(SETTINGS[name](seed, "laptop"), Path(folder))
-            found[name] = {}
-            best = 0.0
-            for arm in ("original", *ARMS):
-                stage = TRIES["fine-tuning" if arm in ("original", "svd") else "pre-training"]
-                rates = stage.get(name, stage["others"])
-                found[name][arm] = {rate: arms.score(arm, "2", rate, best, "validation") for rate in rates}
-                best = best or max(rates, key=found[name][arm].__getitem__)
-    return found
 
 
 def gain(
