@@ -3,9 +3,9 @@
     python benchmarks/low_rank_latency.py --layers 4 --rounds 5 --out benchmarks/results/low_rank_latency.json
 
 The blocks are those of ViT-base (224 x 224 pixels, 197 tokens) and BERT-base (128 tokens), twelve of them unless told
-otherwise, with random weights, which a pass takes as long for as any. The vision transformer keeps half of all its parameters, the encoder of text half
-of its linear layers, for a fifth of its parameters are embeddings. Of each round the share of the original's time is
-taken, and of these shares the median.
+otherwise, with random weights, which a pass takes as long for as any. The vision transformer keeps half of all its
+parameters, the encoder of text half of its linear layers, for many of its parameters are embeddings. Of each round the
+share of the original's time is taken, and of these shares the median.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ ARMS = (*BASELINES, "pela")
 EVERY = 4  # steps between two that compute the penalty on perturbations, which is weighted by as much
 # Rates to choose from, of fine-tuning alone and of pre-training; those of MiniLM are too dear to choose from.
 FINE_TUNING = {"MiniLM": (1e-4,)}, (5e-4, 2e-3)
-PRE_TRAINING = {"MiniLM": (1e-3,)}, (1e-3, 4e-3)
+PRE_TRAINING = {"MiniLM": (5e-4,)}, (1e-3, 4e-3)
 
 
 class Arms:

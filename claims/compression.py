@@ -289,7 +289,7 @@ class MiniLM(Setting):
     length, batch, labelled = 16, 8, 64
 
     def __init__(self, seed: int, scale: str) -> None:
-        size = Size(20, 6, 120) if scale == "laptop" else Size(1, 1, SMOKE)
+        size = Size(40, 6, 120) if scale == "laptop" else Size(1, 1, SMOKE)
         super().__init__(zoo.minilm(seed=seed, scale=scale), seed, size)
         self.tokenizer = text.tokenizer_of(self.base)
         pairs = zoo.docstrings.read_pairs(5000, seed)
