@@ -1,6 +1,6 @@
 """What the training loop costs beside the computation: regraft's loop and a hand-written one, on one model and data.
 
-    python benchmarks/train_overhead.py --steps 40 --rounds 3
+    python benchmarks/train_overhead.py --steps 40 --rounds 5 --out benchmarks/results/train_overhead.json
 
 Both run AdamW with clipping, a cosine schedule and the same masked language model on the same batches, and take turns.
 What is compared is the processor's time, which a busy machine does not change much, and the time on the clock.
@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from machine import describe
 
 from regraft.objectives.own_loss import OwnLoss
 from regraft.train.loop import train
@@ -68,8 +71,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="file for the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     generator = torch.Generator().manual_seed(0)
     data = list(torch.randint(VOCABULARY, (4 * BATCH, TOKENS), generator=generator))
     ratios: list[tuple[float, float]] = []
@@ -88,6 +93,23 @@ def main() -> None:
             ratios.append((spent[0][0] / spent[1][0], spent[0][1] / spent[1][1]))
     processor, clock = (statistics.median(part) for part in zip(*ratios, strict=True))
     print(json.dumps({"processor_time_ratio": processor, "clock_ratio": clock, "steps": options.steps}))
+    if options.out is not None:
+        row = {
+            "model": f"BERT, width {options.width}, {options.layers} layers, batches of {BATCH} x {TOKENS} tokens",
+            "steps": options.steps,
+            "processor": [ratio[0] for ratio in ratios],
+            "clock": [ratio[1] for ratio in ratios],
+        }
+        command = f"python benchmarks/train_overhead.py --steps {options.steps} --rounds {options.rounds}"
+        results = {
+            "benchmark": "train_overhead",
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "machine": describe(Path.cwd(), None),
+            "load": [round(load, 2), round(os.getloadavg()[0], 2)],
+            "settings": {"rounds": options.rounds, "threads": 1, "command": command},
+            "rows": [row],
+        }
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

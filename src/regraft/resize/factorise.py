@@ -7,6 +7,7 @@ whose matrix is shared with another, and layers that a rank would not make small
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class LowRankOptions(Options):
 
 @dataclass(frozen=True)
 class Layer:
-    """What becomes of one linear layer: its rank, or why it stays dense."""
+    """What becomes of one linear layer: its rank, or why it stays dense; and afterwards the errors of its factors."""
 
     name: str
     role: str
@@ -63,6 +64,8 @@ class Layer:
     why: str = ""
     error: float | None = None
     best: float | None = None
+    output_error: float | None = None
+    randomized: bool = False
 
     @property
     def kept(self) -> int:
@@ -96,12 +99,26 @@ class Factorisation:
                 "shape": list(la.shape),
                 "rank": la.rank,
                 "error": la.error,
+                "output_error": la.output_error,
+                "randomized": la.randomized,
                 "why": la.why,
             }
             for la in self.layers
         ]
         share = self.kept / self.parameters
         return {"parameters": self.parameters, "kept": self.kept, "share": share, "layers": layers}
+
+    def in_words(self) -> str:
+        """How many layers became low-rank, and how far from the original's their matrices are before any training."""
+        errors = {la.name: la.error for la in self.factorised if la.error is not None}
+        worst = max(errors, key=errors.__getitem__)
+        sketched = sum(la.randomized for la in self.factorised)
+        how = f", {sketched} of them by a randomised decomposition" if sketched else ""
+        return (
+            f"{len(errors)} layers become low-rank{how}, {self.kept / self.parameters:.1%} of the parameters are left; "
+            f"relative error of the matrices {sum(errors.values()) / len(errors):.1%} on average, "
+            f"{errors[worst]:.1%} at most ({worst})"
+        )
 
 
 def rank_of(rows: int, columns: int, ratio: float) -> int:
@@ -191,7 +208,8 @@ def factorise(
         module = modules[layer.name]
         factors = _factors(module, layer, options, (moments or {}).get(layer.name))
         replace(model, layer.name, factorised(module, factors.up, factors.down))
-        measured.append(Layer(layer.name, layer.role, layer.shape, layer.rank, "", factors.error, factors.best))
+        errors = {name: getattr(factors, name) for name in ("error", "best", "output_error", "randomized")}
+        measured.append(dataclasses.replace(layer, **errors))
         done += 1
         if on_progress is not None:
             on_progress(done, len(found.factorised))
@@ -237,9 +255,9 @@ def input_moments(model: Any, batches: Sequence[Mapping[str, Any]], names: Seque
 def _factors(module: nn.Module, layer: Layer, options: LowRankOptions, moments: Tensor | None) -> Factors:
     assert layer.rank is not None
     weight = weight_of(module)
-    if moments is not None:
-        return whitened(weight, moments, layer.rank, where=layer.name)
     sketch = options.svd == "randomized" or (options.svd == "auto" and min(weight.shape) > EXACT_UP_TO)
+    if moments is not None:
+        return whitened(weight, moments, layer.rank, randomized=sketch, where=layer.name)
     return truncated(weight, layer.rank, randomized=sketch, where=layer.name)
 
 

@@ -5,8 +5,8 @@ above, whatever the dtype of the matrix.
 
 Whitened: the factors minimise the error of the layer's outputs on the inputs that were seen, |W X - B A X|, instead of
 that of the weights: with X X^T = L L^T the best factors of W L are those of the outputs (SVD-LLM, arXiv 2403.07378).
-Randomised: a sketch of rank + 16 columns, refined by two power iterations (Halko, Martinsson, Tropp, arXiv 0909.4061);
-its error is measured, not guessed.
+Randomised: a sketch of rank + 16 columns, refined by two power iterations (Halko, Martinsson, Tropp, arXiv 0909.4061),
+of W or, whitened, of W L. All errors are measured on the factors that come out, none is taken from theory.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ class Factors:
     Attributes:
         error: |W - B A| / |W|, Frobenius.
         best: the smallest error that any product of this rank has, where the whole spectrum is known.
+        output_error: |W X - B A X| / |W X| on the inputs that whitening was given.
+        randomized: whether they come from a sketch.
     """
 
     up: Tensor
     down: Tensor
     error: float
     best: float | None = None
+    output_error: float | None = None
+    randomized: bool = False
 
 
 def spectrum(weight: Tensor, *, where: str = "") -> Tensor:
@@ -65,15 +69,20 @@ def truncated(weight: Tensor, rank: int, *, randomized: bool = False, seed: int 
         total = float(s.double().square().sum())
         best = float(s[rank:].double().square().sum() / total) ** 0.5 if total else 0.0
     root = s[:rank].sqrt()
-    return _measured(matrix, u[:, :rank] * root, root[:, None] * vh[:rank], best)
+    up, down = u[:, :rank] * root, root[:, None] * vh[:rank]
+    return Factors(up, down, _error(matrix, up, down), best, randomized=randomized)
 
 
-def whitened(weight: Tensor, moments: Tensor, rank: int, *, where: str = "") -> Factors:
-    """The best factors for inputs with these second moments.
+def whitened(
+    weight: Tensor, moments: Tensor, rank: int, *, randomized: bool = False, seed: int = 0, where: str = ""
+) -> Factors:
+    """The best factors for inputs with these second moments, or of a sketch.
 
     Args:
         weight: (O, I).
         moments: (I, I), the mean of x x^T over inputs.
+        randomized: use the sketch; the moments, which are square, are decomposed exactly all the same.
+        seed: of the sketch.
 
     Raises:
         UserError: RG206 for values that are not finite.
@@ -84,10 +93,12 @@ def whitened(weight: Tensor, moments: Tensor, rank: int, *, where: str = "") -> 
     values = values.clamp(min=float(values.max()) * 1e-6 if float(values.max()) > 0 else 1.0)
     half = (vectors * values.sqrt()) @ vectors.T
     inverse = (vectors / values.sqrt()) @ vectors.T
-    u, s, vh = torch.linalg.svd(matrix.double() @ half, full_matrices=False)
+    shaped = matrix.double() @ half
+    u, s, vh = _sketched(shaped, rank, seed) if randomized else torch.linalg.svd(shaped, full_matrices=False)
     root = s[:rank].sqrt()
-    up, down = u[:, :rank] * root, root[:, None] * vh[:rank] @ inverse
-    return _measured(matrix, up.to(matrix.dtype), down.to(matrix.dtype), None)
+    up, down = (u[:, :rank] * root).to(matrix.dtype), (root[:, None] * vh[:rank] @ inverse).to(matrix.dtype)
+    output_error = _error(shaped, up.double(), down.double() @ half)
+    return Factors(up, down, _error(matrix, up, down), None, output_error, randomized)
 
 
 def _sketched(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,10 +112,9 @@ def _sketched(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Ten
     return basis @ u, s, vh
 
 
-def _measured(matrix: Tensor, up: Tensor, down: Tensor, best: float | None) -> Factors:
+def _error(matrix: Tensor, up: Tensor, down: Tensor) -> float:
     size = float(torch.linalg.vector_norm(matrix.double()))
-    error = float(torch.linalg.vector_norm((matrix - up @ down).double())) / size if size else 0.0
-    return Factors(up, down, error, best)
+    return float(torch.linalg.vector_norm((matrix - up @ down).double())) / size if size else 0.0
 
 
 def _finite(matrix: Tensor, where: str) -> Tensor:

@@ -109,8 +109,7 @@ def pela(work: Work[PelaOptions]) -> Made:
         names = [layer.name for layer in plan(student, low_rank).factorised]
         moments = input_moments(original, [batches.collate(g, [0] * len(g)) for g in groups], names)
     made = factorise(student, low_rank, moments=moments)
-    share = made.kept / made.parameters
-    work.message(f"{len(made.factorised)} layers become low-rank, {share:.1%} of the parameters are left")
+    work.message(made.in_words())
     cache = FeatureCache(work.folder / "features", work.key) if o.cache_teacher else None
     terms: list[tuple[float, Term]] = [
         (task_weight, OwnLoss()),

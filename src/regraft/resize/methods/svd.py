@@ -61,6 +61,7 @@ def svd(work: Work[SvdOptions]) -> Made:
     made = factorise(
         model, chosen(o, LowRankOptions), moments=moments, on_progress=lambda done, n: work.tell(done, n, {})
     )
+    work.message(made.in_words())
     diagnostics: dict[str, Any] = {"low_rank": made.to_dict()}
     if batch is not None:
         measured = cost.compared(original, model, batch)
