@@ -13,6 +13,7 @@ TABLES = {
     "families": generate.families,
     "performance": generate.performance,
     "parity": generate.parity,
+    "zoo": generate.zoo,
 }
 
 
