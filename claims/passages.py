@@ -24,14 +24,11 @@ _STRING = re.compile(r"""[a-zA-Z]{0,2}("[^"\n]*"|'[^'\n]*')""")
 OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
 
 
-@lru_cache(maxsize=700)
-def tree(source: Source) -> ast.Module:
-    return ast.parse(source.text)
-
-
 def paragraphs(source: Source) -> Iterator[str]:
     """Paragraphs of docstrings and of comments that are prose: no examples, nothing indented, no licences."""
-    texts = [ast.get_docstring(node) or "" for node in ast.walk(tree(source)) if isinstance(node, _DOCUMENTED)]
+    texts = [
+        ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source.text)) if isinstance(node, _DOCUMENTED)
+    ]
     blocks = re.findall(r"(?:^[ \t]*# .*\n)+", source.text, flags=re.MULTILINE)
     comments = [re.sub(r"^[ \t]*# ", "", block, flags=re.MULTILINE) for block in blocks]
     for text in (*texts, *comments):
@@ -47,7 +44,7 @@ def paragraphs(source: Source) -> Iterator[str]:
 def statements(source: Source) -> Iterator[str]:
     """Statements without a block, as they are written, without the docstrings."""
     lines = source.text.splitlines()
-    for node in ast.walk(tree(source)):
+    for node in ast.walk(ast.parse(source.text)):
         if isinstance(node, _SIMPLE) and not _is_text(node):
             yield textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).strip()
 
@@ -65,7 +62,7 @@ def words(text: str) -> list[str]:
 def documented_functions(source: Source) -> Iterator[tuple[str, str]]:
     """The first sentence about a function, and the function without its docstring, its decorators and its name."""
     lines = source.text.splitlines()
-    for node in ast.walk(tree(source)):
+    for node in ast.walk(ast.parse(source.text)):
         if isinstance(node, _FUNCTIONS) and ast.get_docstring(node) and len(node.body) > 1:
             first = re.split(r"(?<=[.!?])\s|\n\s*\n", (ast.get_docstring(node) or "").strip(), maxsplit=1)[0]
             sentence = " ".join(first.split())

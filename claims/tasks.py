@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from claims import corpus, passages, text
+from claims import corpus, passages
 from claims.corpus import Source
 
 PARTS = ("train", "validation", "test")
@@ -85,18 +85,20 @@ def alike(text: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def split_files(seed: int, scale: str) -> dict[str, list[Source]]:
+def split_files(seed: int) -> dict[str, list[Source]]:
     """Files by part. Those for training are what the zoo's decoder and encoder of that seed are pre-trained on and, as
     large a share, the internet's; validation and test divide all others."""
-    share = text.share(scale)
-    seen = [source for domain in (False, True) for source in corpus.split(domain, seed, share)[0]]
+    seen = [source for domain in (False, True) for source in corpus.split(domain, seed)[0]]
     names = {source.name for source in seen}
     others = [source for source in corpus.sources() if source.name not in names]
     random.Random(seed).shuffle(others)
-    if scale == "smoke":
-        others = others[:20]
     cut = len(others) // 4
     return {"train": seen, "validation": others[:cut], "test": others[cut:]}
+
+
+def _parsed(seed: int, scale: str, most: int | None = None) -> dict[str, list[Source]]:
+    """The same, but no more files of a part than are needed, for parsing takes time."""
+    return {part: files[: most if scale == "laptop" else 10] for part, files in split_files(seed).items()}
 
 
 def _balanced_parts(
@@ -142,9 +144,9 @@ def module(seed: int, scale: str) -> Task:
 def prose(seed: int, scale: str) -> Task:
     """A hundred examples of each class; five words in a row, from a place drawn at random."""
     found: dict[str, list[Passage]] = {part: [] for part in PARTS}
-    for part, files in split_files(seed, scale).items():
+    for part, files in _parsed(seed, scale, 80).items():
         draw = random.Random(f"{seed} {part}")
-        for source in draw.sample(files, min(80, len(files))):
+        for source in files:
             for label, pieces in enumerate((passages.statements(source), passages.paragraphs(source))):
                 for piece in pieces:
                     words = passages.words(piece)
@@ -158,7 +160,7 @@ def prose(seed: int, scale: str) -> Task:
 def call(seed: int, scale: str) -> Task:
     """Few examples of each method; the text before a call, which ends with a dot."""
     found: dict[str, list[Passage]] = {part: [] for part in PARTS}
-    for part, files in split_files(seed, scale).items():
+    for part, files in split_files(seed).items():
         for source in files:
             found[part] += [
                 Passage(before, METHODS.index(name), source.name) for before, name in passages.calls(source, METHODS)
@@ -180,20 +182,22 @@ def broken(statement: str, draw: random.Random) -> str:
             return changed
 
 
+@lru_cache(maxsize=2)
 def statements(seed: int, scale: str) -> dict[str, list[Passage]]:
     """Whole statements of at least four brackets and quotes, by part, label 0."""
     seen: set[str] = set()
     parts: dict[str, list[Passage]] = {}
-    for part, most in _sizes(scale, 6000, 300, 1000).items():
+    sizes = _sizes(scale, 6000, 300, 1000)
+    for part, files in _parsed(seed, scale).items():
         found = {}
-        for source in split_files(seed, scale)[part]:
+        for source in files:
             for statement in passages.statements(source):
                 signs = sum(character in "()[]{}\"'" for character in statement)
                 fits = 20 <= len(statement) <= 100 and signs >= 4 and "#" not in statement
                 if fits and passages.balanced(statement) and alike(statement) not in seen:
                     found[alike(statement)] = Passage(statement, 0, source.name)
         seen |= found.keys()
-        parts[part] = random.Random(f"{seed} {part}").sample(list(found.values()), min(most, len(found)))
+        parts[part] = random.Random(f"{seed} {part}").sample(list(found.values()), min(sizes[part], len(found)))
     return parts
 
 
@@ -232,7 +236,7 @@ def retrieval(seed: int, scale: str) -> Matching:
             for source in files
             for sentence, function in passages.documented_functions(source)
         ]
-        for part, files in split_files(seed, scale).items()
+        for part, files in _parsed(seed, scale).items()
     }
     among = 50 if scale == "laptop" else 2
     parts = _matched(found, among, _sizes(scale, 1000, 100, 300), seed)
