@@ -25,7 +25,7 @@ QUESTION, ANSWER = 6, 3  # tokens
 ANSWERS = {"+": 199, "-": 100}  # how many there are
 PARTS = ("train", "validation", "test")
 # (width, layers, steps, questions in a batch)
-SIZES = {"laptop": (96, 2, 1500, 128), "smoke": (16, 1, 2, 16)}
+SIZES = {"laptop": (96, 2, 1200, 128), "smoke": (16, 1, 2, 16)}
 
 Question = tuple[int, str, int]
 

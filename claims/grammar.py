@@ -56,7 +56,7 @@ RULES = rules()
 WORDS = sorted({part for right in RULES.values() for _, parts in right for part in parts} - set(RULES))
 VOCABULARY = 3 + len(WORDS)
 # (width, layers, steps, sentences in a batch)
-SIZES = {"laptop": (64, 3, 1500, 48), "smoke": (16, 1, 2, 8)}
+SIZES = {"laptop": (64, 3, 1000, 48), "smoke": (16, 1, 2, 8)}
 
 Sentence = tuple[str, ...]
 

@@ -103,7 +103,7 @@ def test_records_that_cannot_be_used(cli: Callable[..., Any], tiny: Path, conten
 
 def test_records_that_cannot_be_written(cli: Callable[..., Any], tiny: Path) -> None:
     (tiny / "results").write_text("a file in the way")
-    fails(cli("little", "--make"), "RG405", "results")
+    fails(cli("little", "--make", "--quiet"), "RG405", "results")
 
 
 def test_the_scale_of_papers_is_refused(cli: Callable[..., Any]) -> None:
