@@ -95,7 +95,7 @@ def _classifier(folder: Path, task: Task, seed: int, scale: str, length: int) ->
         return {**cut(inputs["train"], rows), "labels": labels[rows]}
 
     with last_layers(model.bert, LAST_LAYERS):
-        lm.fit(model, batch, len(labels) // 4 if scale == "laptop" else 1, 3e-4)
+        lm.fit(model, batch, min(60, 2 * len(labels)) if scale == "laptop" else 1, 3e-4)
         found = _accuracy(model, inputs["test"], task.parts["test"])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -103,12 +103,12 @@ def _classifier(folder: Path, task: Task, seed: int, scale: str, length: int) ->
     return Quality(f"accuracy: {task.question}", found, plain, "n-grams", 0.05, chance=task.chance)
 
 
-@entry(data="320 paragraphs of docstrings and comments from eight packages of the standard library")
+@entry(data="paragraphs of docstrings and comments from eight packages of the standard library, at most 40 of each")
 def task_module(folder: Path, *, seed: int, scale: str) -> Quality:
     return _classifier(folder, tasks.module(seed, scale), seed, scale, 64)
 
 
-@entry(data="200 times five words in a row, from code or from docstrings of the standard library")
+@entry(data="24 times five words in a row, from code or from docstrings of the standard library")
 def task_prose(folder: Path, *, seed: int, scale: str) -> Quality:
     return _classifier(folder, tasks.prose(seed, scale), seed, scale, 16)
 
@@ -169,7 +169,7 @@ def _row(tokenizer: transformers.PreTrainedTokenizerFast, before: str, name: str
     return head + tokenizer(name, add_special_tokens=False)["input_ids"], len(head)
 
 
-@entry(data="600 calls of twenty methods in the source of the standard library, and the text before them")
+@entry(data="100 calls of twenty methods in the source of the standard library, and the text before them")
 def task_call(folder: Path, *, seed: int, scale: str) -> Quality:
     """The decoder goes on as it was trained, with the name of the method after the dot, and of all names that it could
     write the likeliest counts."""
@@ -179,8 +179,8 @@ def task_call(folder: Path, *, seed: int, scale: str) -> Quality:
     pad = tokenizer.pad_token_id
     rows = [_row(tokenizer, p.text, task.classes[p.label]) for p in task.parts["train"]]
     draws = random.Random(seed)
-    steps = 60 if scale == "laptop" else 1
-    lm.fit(model, lambda _: lm.padded(draws.sample(rows, min(32, len(rows))), pad), steps, 5e-4)
+    steps = 20 if scale == "laptop" else 1
+    lm.fit(model, lambda _: lm.padded(draws.sample(rows, min(32, len(rows))), pad), steps, 3e-4)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     found, plain = named(model, tokenizer, task), linear.classified(task, end=24)

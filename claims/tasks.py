@@ -124,7 +124,7 @@ def _sizes(scale: str, train: int, validation: int, test: int) -> dict[str, int]
 
 
 def module(seed: int, scale: str) -> Task:
-    """Few examples of each package; its name is hidden."""
+    """At most 40 examples of each package to learn from; its name is hidden."""
     names = re.compile("|".join(PACKAGES), re.IGNORECASE)
     found: dict[str, list[Passage]] = {part: [] for part in PARTS}
     for label, package in enumerate(PACKAGES):
@@ -142,7 +142,7 @@ def module(seed: int, scale: str) -> Task:
 
 
 def prose(seed: int, scale: str) -> Task:
-    """A hundred examples of each class; five words in a row, from a place drawn at random."""
+    """Twelve examples of each class to learn from; five words in a row, from a place drawn at random."""
     found: dict[str, list[Passage]] = {part: [] for part in PARTS}
     for part, files in _parsed(seed, scale, 80).items():
         draw = random.Random(f"{seed} {part}")
@@ -153,19 +153,19 @@ def prose(seed: int, scale: str) -> Task:
                     if len(words) >= 5:
                         start = draw.randrange(len(words) - 4)
                         found[part].append(Passage(" ".join(words[start : start + 5]), label, source.name))
-    parts = _balanced_parts(found, 2, _sizes(scale, 100, 100, 400), seed)
+    parts = _balanced_parts(found, 2, _sizes(scale, 12, 100, 400), seed)
     return Task("Is this code or prose?", ("code", "prose"), parts)
 
 
 def call(seed: int, scale: str) -> Task:
-    """Few examples of each method; the text before a call, which ends with a dot."""
+    """Five examples of each method to learn from; the text before a call, which ends with a dot."""
     found: dict[str, list[Passage]] = {part: [] for part in PARTS}
     for part, files in split_files(seed).items():
         for source in files:
             found[part] += [
                 Passage(before, METHODS.index(name), source.name) for before, name in passages.calls(source, METHODS)
             ]
-    parts = _balanced_parts(found, len(METHODS), _sizes(scale, 30, 10, 25), seed)
+    parts = _balanced_parts(found, len(METHODS), _sizes(scale, 5, 10, 25), seed)
     return Task("Which method is called next?", METHODS, parts)
 
 
