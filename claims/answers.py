@@ -180,7 +180,7 @@ def task_call(folder: Path, *, seed: int, scale: str) -> Quality:
     rows = [_row(tokenizer, p.text, task.classes[p.label]) for p in task.parts["train"]]
     draws = random.Random(seed)
     steps = 20 if scale == "laptop" else 1
-    lm.fit(model, lambda _: lm.padded(draws.sample(rows, min(32, len(rows))), pad), steps, 3e-4)
+    lm.fit(model, lambda _: lm.padded(draws.sample(rows, min(32, len(rows))), pad), steps, 7e-4)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     found, plain = named(model, tokenizer, task), linear.classified(task, end=24)
