@@ -134,7 +134,7 @@ def _matcher(folder: Path, task: Matching, seed: int, scale: str, length: int) -
     draws, count = random.Random(seed), len(task.parts["train"])
     rows = min(32, count)
     trained = [p for layer in model.encoder.layer[-LAST_LAYERS:] for p in layer.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(trained, lr=5e-5, weight_decay=0.05)
     with last_layers(model, LAST_LAYERS):
         for _ in range(3 * count // rows if scale == "laptop" else 1):
             some = draws.sample(range(count), rows)
@@ -214,7 +214,7 @@ def task_balance(folder: Path, *, seed: int, scale: str) -> Quality:
     def batch(_: int) -> lm.Batch:
         return encoded(tokenizer, tasks.damaged(draws.sample(whole, rows), draws))
 
-    lm.fit(model, batch, 600 if scale == "laptop" else 1, 1e-3)
+    lm.fit(model, batch, 300 if scale == "laptop" else 1, 1e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with torch.inference_mode():
