@@ -1,9 +1,9 @@
 """Models that answer the tasks of text: the published encoder, and the zoo's own encoder and decoder, fine-tuned.
 
-Where examples are few, what a model knows beforehand decides, and n-grams know nothing beforehand; so the published MiniLM answers those that ask what words
-mean. Only its last layers are trained: what the others make of each text is computed once. It was made from public
-code and questions, and may have seen texts of the standard library, but not with these labels. The zoo's own models
-have seen no file that is tested on.
+Where examples are few, what a model knows beforehand decides, and n-grams know nothing beforehand; so the published
+MiniLM answers those that ask what words mean. Only its last layers are trained: what the others make of each text is
+computed once. It was made from public code and questions, and may have seen texts of the standard library, but not with
+these labels. The zoo's own models have seen no file that is tested on.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from claims import corpus, passages
 from claims.corpus import Source
 
 PARTS = ("train", "validation", "test")
+IN_A_ROW = 5  # words of a piece of code or prose
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml", "http", "urllib")
 METHODS = (
     "append", "close", "decode", "encode", "endswith", "extend", "format", "get", "group", "items", "join", "lower",
@@ -150,9 +151,9 @@ def prose(seed: int, scale: str) -> Task:
             for label, pieces in enumerate((passages.statements(source), passages.paragraphs(source))):
                 for piece in pieces:
                     words = passages.words(piece)
-                    if len(words) >= 5:
-                        start = draw.randrange(len(words) - 4)
-                        found[part].append(Passage(" ".join(words[start : start + 5]), label, source.name))
+                    if len(words) >= IN_A_ROW:
+                        start = draw.randrange(len(words) - IN_A_ROW + 1)
+                        found[part].append(Passage(" ".join(words[start : start + IN_A_ROW]), label, source.name))
     parts = _balanced_parts(found, 2, _sizes(scale, 12, 100, 400), seed)
     return Task("Is this code or prose?", ("code", "prose"), parts)
 
