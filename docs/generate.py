@@ -19,6 +19,7 @@ from typing import Any
 import typer.main
 
 from regraft.axes.families import FAMILIES
+from regraft.claims.catalogue import markdown, read_records
 from regraft.cli.main import app
 from regraft.cli.methods import option_facts
 from regraft.errors import CODES
@@ -88,6 +89,11 @@ def families() -> str:
 def performance() -> str:
     """What the benchmark of speed has measured, from its files of results."""
     return str(_benchmark("tables").pages(ROOT / "benchmarks" / "results"))
+
+
+def zoo() -> str:
+    """The models that the claims start from, from what was measured when they were made."""
+    return markdown(read_records(ROOT / "claims" / "results"))
 
 
 def parity() -> str:

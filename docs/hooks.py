@@ -16,6 +16,7 @@ TABLES = {
     "latency": generate.latency,
     "overhead": generate.overhead,
     "minilm": generate.minilm,
+    "zoo": generate.zoo,
 }
 
 

@@ -65,6 +65,7 @@ CODES: dict[str, tuple[str, str]] = {
     "RG902": ("no such claim", "There is no claim of this number, or its file does not hold one."),
     "RG903": ("inputs missing", "A claim at the scale of its paper needs models and data, or the file of them is malformed."),
     "RG904": ("unreadable results", "A file of results of a claim cannot be used."),
+    "RG905": ("no such model of the zoo", "No module of the folder claims/ lists a model of this name, or two modules do."),
 }  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # for `from claims import ...`
 
 TINY = '''"""What it does and why."""
 
@@ -49,9 +51,3 @@ def tiny(tmp_path: Path) -> Path:
     for number in (1, 2):
         (folder / f"{number:02d}_tiny.py").write_text(TINY.replace("NUMBER", str(number)), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _import_claims_of_the_repository() -> None:
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))

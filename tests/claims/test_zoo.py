@@ -12,6 +12,8 @@ import pytest
 import transformers
 from safetensors.torch import load_file
 
+from regraft.claims.catalogue import catalogue
+from regraft.claims.find import module_of
 from regraft.claims.zoo import NotGoodEnoughError, Quality, models_used
 
 ROOT = Path(__file__).parents[2]
@@ -108,19 +110,14 @@ def test_models_used_are_collected(module: ModuleType) -> None:
     assert [model["options"]["seed"] for model in models] == [2]
 
 
-def entries() -> dict:
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    from claims.zoo import ENTRIES
-
-    return ENTRIES
+LISTED = {one.name: one for one in catalogue(ROOT / "claims")}
 
 
-@pytest.mark.parametrize("name", sorted(entries()))
+@pytest.mark.parametrize("name", sorted(LISTED))
 def test_every_entry_loads_with_from_pretrained(name: str) -> None:
-    make, kind, arguments = entries()[name]
-    path = make(seed=0, scale="smoke", **arguments)
-    model = getattr(transformers, kind).from_pretrained(path)
+    one = LISTED[name]
+    path = one.entry(seed=0, scale="smoke", **one.arguments)
+    model = getattr(transformers, one.kind).from_pretrained(path)
     stored = load_file(path / "model.safetensors")
     state = model.state_dict()
     assert all(state[key].equal(value) for key, value in stored.items() if key in state)
@@ -130,16 +127,44 @@ def test_every_entry_loads_with_from_pretrained(name: str) -> None:
 
 
 def test_the_zoo_has_no_entry_that_is_not_listed() -> None:
-    from claims import languages, text, vision, zoo
-
     made = {
         name
-        for module in (languages, text, vision, zoo)
-        for name, value in vars(module).items()
+        for path in (ROOT / "claims").glob("[a-z]*.py")
+        for name, value in vars(module_of(path)).items()
         if hasattr(value, "__wrapped__")
-        and getattr(value, "__module__", "") == module.__name__
         and "folder" in value.__wrapped__.__annotations__
         and "scale" in value.__wrapped__.__annotations__
         and value.__wrapped__.__annotations__["return"] == "Quality"
     }
-    assert made == set(entries())
+    assert made == {one.entry.__name__ for one in LISTED.values()}
+
+
+def test_a_model_must_be_far_from_guessing_too() -> None:
+    assert Quality("accuracy", 0.6, 0.3, "a line", 0.1, chance=0.4).enough
+    assert not Quality("accuracy", 0.5, 0.3, "a line", 0.1, chance=0.4).enough
+    assert Quality("loss", 2.0, 2.5, "bigrams", 0.1, chance=3.0, higher_is_better=False).enough
+    assert not Quality("loss", 2.3, 2.5, "bigrams", 0.1, chance=3.0, higher_is_better=False).enough
+
+
+def test_the_time_of_what_a_model_is_made_from_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "cache"))
+    code = (
+        ENTRY
+        + """
+import time
+
+@entry(data="numbers")
+def slow(folder, *, seed, scale):
+    started = time.process_time()
+    while time.process_time() < started + 0.5:
+        pass
+    return little.__wrapped__(folder, seed=seed, scale=scale)
+
+@entry(data="numbers")
+def quick(folder, *, seed, scale):
+    slow(seed=seed, scale=scale)
+    return little.__wrapped__(folder, seed=seed, scale=scale)
+"""
+    )
+    path = loaded(tmp_path, code).quick(seed=0, scale="laptop")
+    assert json.loads((path / "zoo.json").read_text())["seconds"] < 0.4

@@ -33,6 +33,8 @@ from regraft.checkpoint.paths import cache_folder
 from regraft.claims.find import state_of
 
 RECORD = "zoo.json"
+FAR = 0.25  # a model must have come at least this share of the way from guessing to perfection
+_spent = [0.0]  # processor time of all entries that this process has made
 _used: list[dict[str, Any]] = []
 
 
@@ -46,7 +48,7 @@ class Quality:
             model before fine-tuning).
         margin: by how much the model must be better than the baseline.
         chance: what guessing gives, where that has a meaning.
-        higher_is_better: False for losses.
+        higher_is_better: True for shares, of which 1 is perfect; False for losses, of which 0 is.
     """
 
     metric: str
@@ -60,7 +62,14 @@ class Quality:
     @property
     def enough(self) -> bool:
         gain = self.value - self.baseline
-        return (gain if self.higher_is_better else -gain) >= self.margin
+        return (gain if self.higher_is_better else -gain) >= self.margin and self.far_from_chance
+
+    @property
+    def far_from_chance(self) -> bool:
+        if self.chance is None:
+            return True
+        way = (1.0 if self.higher_is_better else 0.0) - self.chance
+        return (self.value - self.chance) / way >= FAR
 
 
 class NotGoodEnoughError(RuntimeError):
@@ -117,20 +126,24 @@ def _make(make: Maker, target: Path, options: dict[str, Any], data: str) -> None
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        started = time.process_time()
+        started, before = time.process_time(), _spent[0]
         quality = make(part, **options)
+        # What it is made from may have been made meanwhile; that has a record of its own.
+        seconds = time.process_time() - started - (_spent[0] - before)
+        _spent[0] += seconds
         record = {
             "name": make.__name__,
             "options": options,
             "data": data,
             "parameters": open_checkpoint(str(part)).parameters,
-            "seconds": round(time.process_time() - started, 1),
+            "seconds": round(seconds, 1),
             "quality": asdict(quality),
         }
         if not quality.enough and options.get("scale") != "smoke":
             raise NotGoodEnoughError(
                 f"{make.__name__} {options}: {quality.metric} is {quality.value:.4g}, {quality.against} has "
-                f"{quality.baseline:.4g}, and it must be better by {quality.margin:g}"
+                f"{quality.baseline:.4g}, and it must be better by {quality.margin:.4g}"
+                + ("" if quality.far_from_chance else f"; guessing gives {quality.chance:.4g}")
             )
         (part / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         with suppress(OSError):  # another process has made the same meanwhile

@@ -1,4 +1,4 @@
-"""`regraft claims`: experiments, one per paper, that can fail: listed, run, and shown as a page."""
+"""`regraft claims`: experiments, one per paper, that can fail: listed, run, and shown as a page; and their models."""
 
 from __future__ import annotations
 
@@ -48,6 +48,9 @@ ResultsFolder = Annotated[
 Docs = Annotated[
     Path | None, typer.Option("--docs", metavar="FOLDER", help="Where claims.md goes; docs/ beside the claims' folder.")
 ]
+
+Models = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Models of the zoo; all if none is named.")]
+Make = Annotated[bool, typer.Option("--make", help="Train those that the cache lacks, check them, keep the figures.")]
 
 claims = typer.Typer(no_args_is_help=True, help="Run experiments, one per paper, that can fail.")
 
@@ -136,5 +139,49 @@ def table(terminal: Terminal, results: ResultsFolder = None, docs: Docs = None) 
     terminal.line(f"written: {page}")
 
 
-for name, function in (("list", list_), ("run", run), ("table", table)):
+def zoo(
+    terminal: Terminal,
+    names: Models = None,
+    make: Make = False,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=1000, help="With --make: how many seeds.")] = 1,
+    first_seed: FirstSeed = 0,
+    scale: Annotated[Scale, typer.Option("--scale", help="With --make: laptop, or smoke, which keeps no figures.")] = (
+        Scale.laptop
+    ),
+    results: ResultsFolder = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Show the models that the claims start from: data, size, training time, and quality against a simple baseline."""
+    from regraft.claims.catalogue import HEAD, catalogue, make_models, read_records, rows
+    from regraft.claims.find import claims_folder
+
+    if scale is Scale.paper:
+        raise typer.BadParameter("the zoo has no models of the size of papers", param_hint="--scale")
+    folder = claims_folder()
+    results = results or folder / "results"
+    listed = catalogue(folder, names)
+    terminal.interrupted = "the models that are done are kept"
+    if make:
+        range_of_seeds = range(first_seed, first_seed + seeds)
+        records = make_models(listed, range_of_seeds, results, scale=scale.value, say=terminal.line)
+    else:
+        records = read_records(results)
+    records = {one.name: records.get(one.name, {}) for one in listed}
+    if as_json:
+        terminal.json(records)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*HEAD, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows({name: seeds for name, seeds in records.items() if seeds}):
+        table.add_row(*map(Text, row))
+    if table.rows:
+        terminal.out.print(table)
+    missing = [name for name, seeds in records.items() if not seeds]
+    if missing:
+        terminal.line(f"not made yet (regraft claims zoo --make): {', '.join(missing)}")
+
+
+for name, function in (("list", list_), ("run", run), ("table", table), ("zoo", zoo)):
     claims.command(name)(command(function))
