@@ -57,11 +57,12 @@ class Work(Generic[O]):
 
 @dataclass
 class Made:
-    """What came out: the model, what was measured, and remarks."""
+    """What came out: the model, or an adapter for it (a PEFT model), what was measured, and remarks."""
 
     model: Any
     diagnostics: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    adapter: Any | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +73,14 @@ class Maker(Method, Generic[O]):
         roles: the models that it takes besides "model", each with whether it is needed.
         data: "needed", "optional" or "none".
         same_tensors: whether, with these options, the result has the tensors of "model", by name and shape.
+        adapter: whether, with these options, the result is an adapter for "model".
     """
 
     run: Callable[[Work[O]], Made]
     roles: Mapping[str, bool] = field(default_factory=dict)
     data: str = "needed"
     same_tensors: Callable[[Any], bool] = lambda options: True
+    adapter: Callable[[Any], bool] = lambda options: False
 
     def resolve(self, values: Mapping[str, Any], *, where: str = "") -> O:
         """Validated options.
@@ -147,6 +150,7 @@ def maker(
     roles: Mapping[str, bool] | None = None,
     data: str = "needed",
     same_tensors: Callable[[Any], bool] = lambda options: True,
+    adapter: Callable[[Any], bool] = lambda options: False,
 ) -> Callable[[Callable[[Work[O]], Made]], Maker[O]]:
     """Register a maker under the function's name."""
 
@@ -162,6 +166,7 @@ def maker(
             roles=roles or {},
             data=data,
             same_tensors=same_tensors,
+            adapter=adapter,
         )
         register(made)
         return made

@@ -43,6 +43,8 @@ from regraft.train.loop import train
 from regraft.train.making import Made, Work, chosen, maker
 from regraft.train.objective import Sum, Term
 from regraft.train.options import TrainOptions
+from regraft.train.packing import check_cache
+from regraft.train.processes import rank
 from regraft.train.teacher import Teacher
 
 
@@ -111,7 +113,8 @@ def pela(work: Work[PelaOptions]) -> Made:
     made = factorise(student, low_rank, moments=moments)
     share = made.kept / made.parameters
     work.message(f"{len(made.factorised)} layers become low-rank, {share:.1%} of the parameters are left")
-    cache = FeatureCache(work.folder / "features", work.key) if o.cache_teacher else None
+    check_cache(o.packing, o.cache_teacher)
+    cache = FeatureCache(work.folder / f"features-{rank()}", work.key) if o.cache_teacher else None
     terms: list[tuple[float, Term]] = [
         (task_weight, OwnLoss()),
         (o.feature_weight, Features(o.features)),
