@@ -54,7 +54,7 @@ def themed(n: int = 40) -> list[dict[str, Any]]:
     rows = []
     for i in range(n):
         first = 20 * (i % 2)
-        words = [f"w{first + int(j)}" for j in torch.randint(20, (6,), generator=generator)]
+        words = [f"x{first + int(j)}" for j in torch.randint(20, (6,), generator=generator)]
         rows.append({"text": " ".join(words), "label": ["low", "high"][i % 2], "group": "ab"[i // 2 % 2]})
     return rows
 
@@ -207,8 +207,8 @@ def asked(n: int = 24) -> list[dict[str, Any]]:
     """A query shares half of its words with its document."""
     rows = []
     for i in range(n):
-        words = [f"w{(i * 5 + j * 3) % 40}" for j in range(8)]
-        rows.append({"query": " ".join(words[:5]), "document": " ".join(words[2:]), "group": "ab"[i % 2]})
+        words = [f"x{3 * i + j}" for j in range(6)]
+        rows.append({"query": " ".join(words[:4]), "document": " ".join(words[2:]), "group": "ab"[i % 2]})
     return rows
 
 
@@ -234,7 +234,7 @@ def test_retrieval_of_texts(bert: Path, tmp_path: Path, reverse: bool) -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_retrieval_of_images(clip: Path, tmp_path: Path, reverse: bool) -> None:
-    rows = [{"query": row["text"], "pixel_values": row["pixel_values"]} for row in pairs(12)]
+    rows = [{"query": f"x{i} x{i + 20}", "pixel_values": r["pixel_values"]} for i, r in enumerate(pairs(12))]
     score = retrieval(clip, write_rows(tmp_path / "a.jsonl", rows), measure="mrr", reverse=reverse)
     whole, tokenizer = hf.CLIPModel.from_pretrained(clip).eval(), hf.AutoTokenizer.from_pretrained(clip)
     inputs = tokenizer([r["query"] for r in rows], padding=True, return_tensors="pt")

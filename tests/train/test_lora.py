@@ -143,7 +143,7 @@ def test_a_killed_run_of_an_adapter_ends_as_one_that_was_not(tmp_path: Path) -> 
     assert [h["loss"] for h in first.history] == [h["loss"] for h in second.history]
     # A checkpoint is an adapter that PEFT loads, and small.
     checkpoint = tmp_path / "a" / "checkpoint-4"
-    peft.PeftModel.from_pretrained(regraft.load(folder), checkpoint)
+    peft.PeftModel.from_pretrained(regraft.load(folder), str(checkpoint))
     assert not (checkpoint / "model.safetensors").exists()
 
 

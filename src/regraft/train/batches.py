@@ -18,8 +18,7 @@ from torch import Tensor
 
 from regraft.errors import UserError, nearest
 from regraft.inspect import images
-from regraft.inspect.answers import text_part
-from regraft.inspect.loading import Loaded, context_length, load_tokenizer
+from regraft.inspect.loading import Loaded, context_length, load_tokenizer, text_part
 from regraft.inspect.rows import Row
 from regraft.methods import Options
 from regraft.train.order import generator

@@ -12,11 +12,40 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from regraft.errors import UserError
+from regraft.methods import Options
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.masks import mask_name
 from regraft.train.tap import Seen, Signal, look
+
+
+class TeacherOptions(Options):
+    """Where a teacher computes."""
+
+    teacher_device: str | None = Field(
+        None, description="device of the teacher, such as cpu or cuda:1, if not the student's"
+    )
+
+
+def device_of(options: TeacherOptions) -> torch.device | None:
+    """The device that a teacher is wanted on; None for the student's.
+
+    Raises:
+        UserError: RG406 if torch does not know it, or cannot use it here.
+    """
+    if options.teacher_device is None:
+        return None
+    try:
+        device = torch.device(options.teacher_device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        what = f"device {options.teacher_device!r} cannot be used: {reason}"
+        raise UserError("RG406", what, fix="change teacher_device, or leave it out") from None
+    return device
 
 
 @dataclass
