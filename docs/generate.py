@@ -131,7 +131,8 @@ def own_recipe(method: Method) -> str:
     if isinstance(method, Metric):
         return (
             "models:\n  base: org/base\n  maths: org/maths\nsteps:\n  scores:\n"
-            f"    evaluate: {method.name}\n    models: [base, maths]\n    data: test.jsonl\n"
+            f"    evaluate: {method.name}\n    models: [base, maths]\n"
+            + ("    data: test.jsonl\n" if method.data == "needed" else "    tasks: [arc_easy, hellaswag]\n")
         )
     if isinstance(method, Maker):
         return _making_recipe(method)
@@ -285,8 +286,9 @@ def _python(rule: Rule[Any]) -> str:
 
 def _python_metric(metric: Metric[Any]) -> str:
     name = metric.name
+    given = '"test.jsonl"' if metric.data == "needed" else 'tasks=["arc_easy"]'
     code = (
-        f'from regraft.inspect.metrics.{name} import {name}\n\nscore = {name}("org/base", "test.jsonl")\n'
+        f'from regraft.inspect.metrics.{name} import {name}\n\nscore = {name}("org/base", {given})\n'
         "print(score.value, score.interval)"
     )
     return f"```python\n{code}\n```"

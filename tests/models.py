@@ -45,6 +45,10 @@ def config(family: str, **changes: Any) -> hf.PretrainedConfig:
             return hf.T5Config(**sizes | {"decoder_start_token_id": 0} | changes)
         case "vit":
             return hf.ViTConfig(**image | {"num_channels": 1, "num_labels": 10} | changes)
+        case "swin":
+            sizes = {"image_size": 16, "patch_size": 2, "num_channels": 1, "embed_dim": 16, "window_size": 4}
+            calm = {"hidden_dropout_prob": 0.0, "drop_path_rate": 0.0}
+            return hf.SwinConfig(**sizes | calm | {"depths": [2, 2], "num_heads": [2, 4], "num_labels": 10} | changes)
         case "clip":
             text = encoder | {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
             return hf.CLIPConfig(text_config=text, vision_config=image, **{"projection_dim": 16} | changes)
@@ -63,6 +67,7 @@ CLASSES: dict[str, Any] = {
     "clip": hf.CLIPModel,
 }
 FAMILIES = tuple(CLASSES)
+CLASSES["swin"] = hf.SwinForImageClassification  # its blocks have roles, but no layout by which layers are merged
 
 
 def model(family: str, seed: int = 0, **changes: Any) -> hf.PreTrainedModel:

@@ -34,7 +34,7 @@ def save_tiny(folder: Path, family: str, seed: int = 0, scale: float = 1.0, **ch
                 if isinstance(weight := getattr(whole.get_submodule(name), "weight", None), torch.Tensor):
                     weight *= scale
         whole.save_pretrained(folder)
-    if family != "vit":
+    if family not in ("vit", "swin"):
         add_tokenizer(folder)
     return folder
 
@@ -64,8 +64,15 @@ def pairs(n: int = 24) -> list[dict[str, Any]]:
     return [{"pixel_values": p, "text": row["text"]} for p, row in zip(pixels, texts(n), strict=True)]
 
 
+def targets(n: int = 24) -> list[dict[str, Any]]:
+    """Texts, each with its first two words as what an encoder-decoder is to write."""
+    return [row | {"target": " ".join(row["text"].split()[:2])} for row in texts(n)]
+
+
 def rows_for(family: str, n: int = 24) -> list[dict[str, Any]]:
-    return {"vit": pictures, "clip": pairs}.get(family, texts)(n)
+    if family == "swin":
+        return pictures(n, 16)
+    return {"vit": pictures, "clip": pairs, "t5": targets}.get(family, texts)(n)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -79,6 +86,8 @@ def inputs_of(family: str) -> dict[str, torch.Tensor]:
     pixels = torch.rand(2, 3 if family == "clip" else 1, 8, 8, generator=torch.Generator().manual_seed(1))
     if family == "vit":
         return {"pixel_values": pixels}
+    if family == "swin":
+        return {"pixel_values": torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(1))}
     if family == "clip":
         return {"input_ids": ids, "pixel_values": pixels}
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {})

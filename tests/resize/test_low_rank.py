@@ -19,7 +19,7 @@ from regraft.axes.module_map import modules_of
 from regraft.errors import UserError
 from regraft.resize.factorise import LowRankOptions, factorise, input_moments, plan, rank_of
 from regraft.resize.low_rank import LowRankLinear
-from regraft.resize.surgery import save, surgeries_of
+from regraft.resize.surgery import export, save, surgeries_of
 from regraft.resize.svd import truncated, whitened
 from tiny import output_of
 
@@ -38,7 +38,7 @@ def full_rank(family: str) -> tuple[torch.Tensor, torch.Tensor]:
     return before, output_of(whole, family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "swin"])
 def test_full_rank_is_the_identity(family: str) -> None:
     before, after = full_rank(family)
     assert (before - after).abs().max() < 1e-5 * max(1.0, float(before.abs().max()))
@@ -280,3 +280,74 @@ def test_layers_that_share_a_matrix_stay_dense() -> None:
 
 def test_narrow_matrices_are_warned_of() -> None:
     assert any("narrower than 256" in warning for warning in plan(model("vit"), LowRankOptions()).warnings)
+
+
+# Queries, keys and values in one matrix
+
+
+def test_parts_of_one_matrix_are_factorised_each_by_itself(tmp_path: Path) -> None:
+    whole = model("gpt2")
+    name = "transformer.h.0.attn.c_attn"
+    weight = whole.get_submodule(name).weight.detach().t().clone()
+    made = factorise(whole, LowRankOptions(ratio=2, split_qkv=True, include=("attention",)))
+    module = whole.get_submodule(name)
+    rank = rank_of(32, 32, 2)
+    assert (module.rank, module.parts) == (rank, 3)
+    blocks = [truncated(block, rank) for block in weight.split(32)]
+    best = torch.cat([one.up @ one.down for one in blocks])
+    assert torch.allclose(module.dense(), best, atol=1e-6)
+    layer = next(la for la in made.layers if la.name == name)
+    assert layer.kept == sum(p.numel() for p in (module.up.weight, module.down.weight)) == 3 * rank * 64
+    error = float((weight - best).norm() / weight.norm())
+    assert layer.error == pytest.approx(error, rel=1e-4)
+    assert layer.best == pytest.approx(error, rel=1e-4)
+    assert made.kept == sum(p.numel() for p in whole.parameters())
+    x = torch.randn(2, 5, 32)
+    assert torch.allclose(module(x), x @ best.T + module.up.bias, atol=1e-5)
+    save(whole, tmp_path)
+    again = regraft.load(tmp_path)
+    assert again.get_submodule(name).parts == 3
+    assert torch.equal(output_of(again, "gpt2"), output_of(whole, "gpt2"))
+    dense = export(whole)
+    assert type(dense.get_submodule(name)).__name__ == "Conv1D"
+    assert torch.allclose(output_of(dense, "gpt2"), output_of(whole, "gpt2"), atol=1e-5)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text())).replace(f"[{rank}, 3]", f"[{rank}, 5]"))
+    with pytest.raises(UserError, match=rf"names {name} with rank \[{rank}, 5\]"):
+        regraft.load(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"target_parameters": 0.7}, {"energy": 0.6}, {"rank": 5}])
+def test_parts_follow_every_way_to_say_how_small(options: dict[str, float]) -> None:
+    whole = model("gpt2")
+    before = sum(p.numel() for p in whole.parameters())
+    weight = whole.get_submodule("transformer.h.0.attn.c_attn").weight.detach().t().clone()
+    made = factorise(whole, LowRankOptions(split_qkv=True, **options))
+    after = sum(p.numel() for p in whole.parameters())
+    assert made.kept == after
+    module = whole.get_submodule("transformer.h.0.attn.c_attn")
+    if "target_parameters" in options:
+        assert 0.6 * before < after <= 0.7 * before
+    if "energy" in options:
+        for block, low in zip(weight.split(32), module.dense().split(32), strict=True):
+            assert float((block - low).norm() / block.norm()) ** 2 <= 0.4 + 1e-5
+    if "rank" in options:
+        assert module.rank == 5
+    assert LowRankOptions().split_qkv is False
+
+
+def test_means_over_inputs_of_a_decoder_use_its_own_mask() -> None:
+    whole = model("t5").eval()
+    names = ["decoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.1.EncDecAttention.k"]
+    seen: list[torch.Tensor] = []
+    for name in names:
+        whole.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    mask, other = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    ids = torch.arange(8).reshape(2, 4) + 5
+    batch = {
+        "input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "decoder_attention_mask": other,
+    }  # fmt: skip
+    found = input_moments(whole, [batch], names)
+    for name, x, real in zip(names, seen, (other, mask), strict=True):
+        rows = x[real.bool()].double()
+        assert torch.allclose(found[name], rows.T @ rows / len(rows)), name

@@ -27,7 +27,7 @@ from regraft.train.batches import batches_for
 from regraft.train.tap import every_block, look
 from tiny import output_of, rows_for, save_tiny, texts, write_rows
 
-KINDS = ("bert", "gpt2", "llama", "vit", "clip")
+KINDS = ("bert", "gpt2", "llama", "t5", "vit", "swin", "clip")
 
 
 def distance(student: Any, teacher: Path, rows: list[dict[str, Any]]) -> float:

@@ -93,6 +93,12 @@ def test_distil_makes_the_student_agree(tmp_path: Path) -> None:
         float((output_of(m, "vit").softmax(-1) - target).abs().sum()) for m in (regraft.load(student), made.model)
     )
     assert after < 0.5 * before
+    with pytest.raises(UserError, match="device 'cuda:99' cannot be used"):
+        distil(student, teacher=teacher, data=data, folder=tmp_path / "d", teacher_device="cuda:99")
+    there = distil(
+        student, teacher=teacher, data=data, folder=tmp_path / "e", max_steps=1, teacher_device="cpu", **FAST
+    )
+    assert there.diagnostics["training"]["history"][0]["logits"] > 0
     with pytest.raises(UserError, match="there are no labels"):
         distil(student, teacher=teacher, data=data, folder=tmp_path / "b", task_weight=1.0)
     with pytest.raises(UserError, match="all weights of the loss are 0"):

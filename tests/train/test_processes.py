@@ -15,9 +15,10 @@ import torch
 import regraft
 from described import described
 from launch import main
-from regraft.errors import UserError
-from regraft.recipe import parse_recipe
-from regraft.recipe.plan import make_plan
+from regraft.recipe import load_recipe
+from regraft.recipe.run import run
+from regraft.recipe.settings import Settings
+from regraft.train import processes
 from tiny import pictures, save_tiny, write_rows
 
 HERE = Path(__file__).parent
@@ -42,10 +43,58 @@ def test_two_processes_are_one_with_the_doubled_batch(rows: Any, tmp_path: Path)
         assert torch.allclose(value, two[name], atol=1e-5), name
 
 
-def test_recipes_that_train_run_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+RECIPE = """
+models: {base: ./vit, other: ./other}
+steps:
+  merged: {merge: linear, models: [base, other]}
+  tuned: {train: fine_tune, model: merged, data: data.jsonl, max_steps: 4, per_device_train_batch_size: BATCH,
+          logging_steps: 1, learning_rate: 1e-3}
+  score: {evaluate: accuracy, models: [merged, tuned], data: data.jsonl}
+  small: {compress: svd, model: tuned, ratio: 2}
+"""
+
+
+def launched(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`regraft` in two processes."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "regraft"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*line, *arguments], cwd=folder, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_recipe_in_two_processes_is_one_with_the_doubled_batch(tmp_path: Path) -> None:
     save_tiny(tmp_path / "vit", "vit")
-    write_rows(tmp_path / "data.jsonl", pictures(4))
-    text = "models: {base: ./vit}\nsteps: {a: {train: fine_tune, model: base, data: data.jsonl}}\n"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="several processes"):
-        make_plan(parse_recipe(text, path=tmp_path / "recipe.yaml"))
+    save_tiny(tmp_path / "other", "vit", seed=1)
+    write_rows(tmp_path / "data.jsonl", pictures(24))
+    for name, batch in (("one", "6"), ("two", "3")):
+        (tmp_path / f"{name}.yaml").write_text(RECIPE.replace("BATCH", batch), encoding="utf-8")
+    run(load_recipe(tmp_path / "one.yaml"), tmp_path / "one", Settings(device="cpu"))
+    done = launched(tmp_path, "run", "two.yaml", "-o", "two", "--device", "cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report: ") == 1  # one process speaks
+    one, two = (regraft.load(tmp_path / name / "tuned").state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=1e-5), name
+    scores = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("one", "two")]
+    assert [s["score"]["value"] for s in scores[0]] == [s["score"]["value"] for s in scores[1]]
+    histories = [
+        json.loads((tmp_path / name / "tuned" / "regraft.json").read_text())["diagnostics"]["training"]["history"]
+        for name in ("one", "two")
+    ]
+    assert [h["loss"] for h in histories[0]] == pytest.approx([h["loss"] for h in histories[1]], rel=1e-5)
+    again = launched(tmp_path, "run", "two.yaml", "-o", "two", "--device", "cpu")
+    assert again.returncode == 0, again.stderr[-3000:]
+    line = ["train", "fine_tune", "vit", "new", "--data", "data.jsonl", "--set", "max_steps=2", "--device", "cpu"]
+    alone = launched(tmp_path, *line)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert alone.stdout.count("2 steps") == 1
+    assert regraft.load(tmp_path / "new") is not None
+
+
+def test_one_process_is_a_team_that_need_not_meet() -> None:
+    alone = processes.team()
+    assert alone.first
+    alone.meet()
+    assert alone.agreed(True)
+    assert not alone.agreed(False)
+    assert alone.any(True)
+    assert not alone.any(False)

@@ -34,6 +34,11 @@ _TASKS = {
 _PIECE = 1 << 22
 
 
+def task_of(class_name: str) -> str | None:
+    """What PEFT calls the task of a class of models; None for those that it has no name for."""
+    return next((task for end, task in _TASKS.items() if class_name.endswith(end)), None)
+
+
 class Adapter:
     """An adapter in the making.
 
@@ -101,7 +106,7 @@ class Adapter:
         linear = self._kinds - {EMBEDDING, CONVOLUTION}
         return {
             "peft_type": "LORA",
-            "task_type": next((t for end, t in _TASKS.items() if self.skeleton.class_name.endswith(end)), None),
+            "task_type": task_of(self.skeleton.class_name),
             "auto_mapping": None,
             "base_model_name_or_path": base.repo_id or base.ref,
             "revision": base.revision or None,

@@ -12,6 +12,7 @@ from regraft.cli.progress import TerminalProgress
 from regraft.cli.terminal import Terminal
 from regraft.cli.words import size_in_words
 from regraft.recipe.settings import Settings
+from regraft.train import processes
 
 MethodName = Annotated[str, typer.Argument(metavar="METHOD", help="A method; `regraft methods` lists them.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model to start from: a folder, or a Hub id.")]
@@ -103,6 +104,7 @@ def _make(
 
     from regraft.recipe import parse_recipe
     from regraft.recipe.making import make_one
+    from regraft.recipe.progress import Silent
 
     body: dict[str, Any] = {verb: method}
     references = {role: f"./{ref}" if "/" not in ref and Path(ref).exists() else ref for role, ref in models.items()}
@@ -118,6 +120,9 @@ def _make(
     terminal.interrupted = (
         f"nothing is in {out} yet; the same command goes on from its last checkpoint, if there is one"
     )
+    if processes.rank() > 0:  # launched beside the first one, which says what there is to say
+        make_one(document, out, chosen, Silent())
+        return
     with TerminalProgress(terminal) as progress:
         lineage = make_one(document, out, chosen, progress)
     terminal.interrupted = f"{out} is finished"

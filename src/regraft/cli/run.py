@@ -15,6 +15,7 @@ from regraft.cli.probe import show_probes
 from regraft.cli.progress import TerminalProgress
 from regraft.cli.terminal import Terminal
 from regraft.recipe.settings import Settings
+from regraft.train import processes
 
 if TYPE_CHECKING:
     from regraft.recipe.scores import Evaluation
@@ -42,8 +43,11 @@ def run(
 
     text = read_text(recipe)
     folder = out or Path("runs") / recipe.stem
+    if processes.rank() > 0:
+        _take_part(text, recipe, folder, assignments, settings)
+        return
     stamp = Stamp("run", recipe, text, assignments, folder, settings)
-    if not (dry_run or terminal.verbose) and (told := stamp.result()) is not None:
+    if not (dry_run or terminal.verbose or processes.count() > 1) and (told := stamp.result()) is not None:
         terminal.repeat(told["notes"])
         for name in told["results"]["artefacts"]:
             terminal.line(f"{name}: done before")
@@ -78,6 +82,14 @@ def run(
     }
     terminal.unless_stamped(stamp.keep({"notes": terminal.notes, "results": results}))
     _show(terminal, results, as_json)
+
+
+def _take_part(text: str, recipe: Path, folder: Path, assignments: Sequence[str], settings: Settings) -> None:
+    """What a process does that was launched beside the first one: its share of trainings, and nothing is said."""
+    from regraft.recipe import parse_recipe
+    from regraft.recipe.run import run as run_recipe
+
+    run_recipe(parse_recipe(text, path=recipe, changes=assignments), folder, opt.on_this_machine(settings))
 
 
 def _show(terminal: Terminal, results: Mapping[str, Any], as_json: bool) -> None:

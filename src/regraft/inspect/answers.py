@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from regraft.errors import UserError
-from regraft.inspect.loading import Loaded, load_config, unused_missing
+from regraft.inspect.embedding import vectors
+from regraft.inspect.loading import Inputs, Loaded, forward, load_config, unused_missing
 from regraft.inspect.metric import Answer
 
 TOP = 4  # the answer and the next best three
@@ -27,8 +28,6 @@ SAME = 0.99999  # cosine above which two inputs are the same to an encoder
 _MASKS = ("[MASK]", "<mask>")  # spellings that stand for the model's own mask token
 # What belongs to the model's vocabulary is kept of its generation settings; sampling, penalties and lengths are not.
 _TOKENS = ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")
-
-Inputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,32 +96,6 @@ def require_input(loaded: Loaded, kind: str) -> None:
     if name not in inspect.signature(loaded.model.forward).parameters:
         what = f"a {loaded.config.model_type} model does not take {words}"
         raise UserError("RG602", what, where=str(loaded.folder), fix="give other inputs")
-
-
-def text_part(loaded: Loaded) -> Loaded:
-    """The part of a model of text and images that reads text, to check a tokenizer against; else the model itself."""
-    import transformers
-
-    kind = loaded.config.get_text_config().model_type
-    for module in loaded.model.modules():
-        if isinstance(module, transformers.PreTrainedModel) and module.config.model_type == kind:
-            return replace(loaded, model=module)
-    return loaded
-
-
-def forward(loaded: Loaded, inputs: Inputs, model: Any = None) -> Any:
-    """Run the model (or a part of it) on those inputs that it has a parameter for.
-
-    Raises:
-        UserError: RG601 for inputs that it refuses, such as images of another size.
-    """
-    module = loaded.model if model is None else model
-    known = inspect.signature(module.forward).parameters
-    try:
-        return module(**{name: tensor for name, tensor in inputs.items() if name in known})
-    except ValueError as error:
-        what = f"the model does not take these inputs: {str(error).splitlines()[0]}"
-        raise UserError("RG601", what, where=str(loaded.folder), fix="give inputs of the model's size") from None
 
 
 def classify(loaded: Loaded, inputs: Inputs, words: Sequence[str], names: Mapping[int, str]) -> list[Answer]:
@@ -258,17 +231,17 @@ def embed(loaded: Loaded, batches: Iterable[Inputs], words: Sequence[str]) -> li
     Raises:
         UserError: RG602 if tensors are missing that take part, or the outputs are not finite.
     """
-    vectors = []
+    found_vectors = []
     for number, inputs in enumerate(batches):
         if number == 0 and loaded.missing:
             with torch.inference_mode(False), torch.enable_grad():
                 copies = {name: tensor.clone() for name, tensor in inputs.items()}  # made here, gradients may use them
-                whole = unused_missing(loaded, _vectors(loaded, copies))
+                whole = unused_missing(loaded, vectors(loaded, copies))
             if not whole:
                 what = f"the checkpoint lacks weights of the encoder ({loaded.missing[0]}), which would be random"
                 raise UserError("RG602", what, where=str(loaded.folder), fix="probe a whole model")
-        vectors.append(_finite(loaded, _vectors(loaded, inputs).float()).cpu())
-    matrix = torch.cat(vectors)  # (n, D)
+        found_vectors.append(_finite(loaded, vectors(loaded, inputs).float()).cpu())
+    matrix = torch.cat(found_vectors)  # (n, D)
     unit = functional.normalize(matrix, dim=-1)
     cosines = unit @ unit.T
     cosines.fill_diagonal_(-2.0)
@@ -280,25 +253,6 @@ def embed(loaded: Loaded, batches: Iterable[Inputs], words: Sequence[str]) -> li
         remarks = ("the vector is that of another input",) if values[0] > SAME else ()
         found.append(_best(words[i], order, notes={"norm": norms[i], "nearest": others[0]}, remarks=remarks))
     return found
-
-
-def _vectors(loaded: Loaded, inputs: Inputs) -> Tensor:
-    """A batch of B inputs -> (B, D)."""
-    model = loaded.model
-    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
-        text = "input_ids" in inputs
-        method: Callable[..., Any] = model.get_text_features if text else model.get_image_features
-        kept = ("input_ids", "attention_mask") if text else ("pixel_values",)
-        output = method(**{name: inputs[name] for name in kept})
-        pooled: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-        return pooled
-    encoder = model.get_encoder() if getattr(loaded.config, "is_encoder_decoder", False) else model
-    states: Tensor = forward(loaded, inputs, encoder).last_hidden_state
-    if states.ndim == 4:  # (B, D, H, W) of a convolutional network
-        return states.mean((2, 3))
-    mask = inputs.get("attention_mask")
-    weights = torch.ones(states.shape[:2], device=states.device) if mask is None else mask.float()
-    return (states.float() * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 def _best(word: str, ranked: tuple[tuple[str, float], ...], **more: Any) -> Answer:

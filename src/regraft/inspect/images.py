@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,21 @@ def pixel_values(row: Row, column: str, channels: int) -> Tensor:
     if not np.isfinite(array).all():
         raise UserError("RG601", f"{column!r} holds NaN or infinity", where=row.where, fix="mend the data")
     return torch.from_numpy(array)
+
+
+def stacked(rows: Sequence[Row], column: str, loaded: Loaded) -> Tensor:
+    """Ready-made inputs of several images, (B, C, H, W), of as many channels as the model takes.
+
+    Raises:
+        UserError: RG601 as `pixel_values`, and for arrays of different sizes.
+    """
+    channels = int(getattr(getattr(loaded.config, "vision_config", loaded.config), "num_channels", 3))
+    values = [pixel_values(row, column, channels) for row in rows]
+    for row, value in zip(rows, values, strict=True):
+        if value.shape != values[0].shape:
+            what = f"the image is {tuple(value.shape)} and others are {tuple(values[0].shape)}"
+            raise UserError("RG601", what, where=row.where, fix="give arrays of one shape")
+    return torch.stack(values)
 
 
 def picture(row: Row, column: str, folder: Path) -> Any:

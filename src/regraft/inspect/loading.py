@@ -7,9 +7,10 @@ precision is slow and incomplete; on a GPU they stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from regraft.checkpoint.json_file import read_json
 from regraft.errors import UserError
+
+Inputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,32 @@ def tokenize(loaded: Loaded, tokenizer: Any, texts: list[Any], length: int) -> t
     if full:  # a text of exactly `length` tokens is whole, so those that fill it are counted again uncut
         cut = sum(len(ids) > length for ids in tokenizer(texts, verbose=False)["input_ids"])
     return {name: tensor.to(loaded.device) for name, tensor in encoded.items()}, cut
+
+
+def text_part(loaded: Loaded) -> Loaded:
+    """The part of a model of text and images that reads text, to check a tokenizer against; else the model itself."""
+    import transformers
+
+    kind = loaded.config.get_text_config().model_type
+    for module in loaded.model.modules():
+        if isinstance(module, transformers.PreTrainedModel) and module.config.model_type == kind:
+            return replace(loaded, model=module)
+    return loaded
+
+
+def forward(loaded: Loaded, inputs: Inputs, model: Any = None) -> Any:
+    """Run the model (or a part of it) on those inputs that it has a parameter for.
+
+    Raises:
+        UserError: RG601 for inputs that it refuses, such as images of another size.
+    """
+    module = loaded.model if model is None else model
+    known = inspect.signature(module.forward).parameters
+    try:
+        return module(**{name: tensor for name, tensor in inputs.items() if name in known})
+    except ValueError as error:
+        what = f"the model does not take these inputs: {str(error).splitlines()[0]}"
+        raise UserError("RG601", what, where=str(loaded.folder), fix="give inputs of the model's size") from None
 
 
 def unused_missing(loaded: Loaded, output: Tensor) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from regraft.errors import UserError
 from regraft.methods import Method, Options, Paper, register, validated
 
 
@@ -93,11 +94,15 @@ class Metric(Method, Generic[O]):
 
     `score(model folder, data, options)` measures; `check(data, options)` looks at the first row only and raises what
     `score` would raise for missing files, unknown formats and missing columns, so that a plan can be refused early.
+    `files` names the options that hold paths of further data; in recipes these are relative to the recipe, like `data`.
+    `data` tells whether there must be data; where there is none, `score` and `check` are given None.
     """
 
-    score: Callable[[Path, Path, O], Score]
-    check: Callable[[Path, O], None]
+    score: Callable[[Path, Any, O], Score]
+    check: Callable[[Any, O], None]
     papers: tuple[Paper, ...] = field(default=())
+    files: tuple[str, ...] = ()
+    data: Literal["needed", "optional"] = "needed"
 
     def resolve(self, values: Mapping[str, Any], *, where: str = "") -> O:
         """Validated options.
@@ -107,30 +112,34 @@ class Metric(Method, Generic[O]):
         """
         return validated(self.name, self.options, values, where=where)  # type: ignore[return-value]
 
-    def __call__(self, model: Path | str, data: Path | str, **options: Any) -> Score:
+    def __call__(self, model: Path | str, data: Path | str | None = None, **options: Any) -> Score:
         """Measure a model: `accuracy("out/merged", "test.jsonl", limit=100)`.
 
         Args:
             model: folder of a saved model.
-            data: file or folder of data.
+            data: file or folder of data; may be left out for metrics that bring their own.
             options: the metric's options.
 
         Raises:
             UserError: for options, data or a model that the metric cannot take.
         """
-        return self.score(Path(model), Path(data), self.resolve(options))
+        if data is None and self.data == "needed":
+            raise UserError("RG601", f"{self.name} needs data", fix="name a data file")
+        return self.score(Path(model), None if data is None else Path(data), self.resolve(options))
 
 
 def metric(
     *,
     summary: str,
     options: type[O],
-    check: Callable[[Path, O], None],
+    check: Callable[[Any, O], None],
     papers: tuple[Paper, ...] = (),
-) -> Callable[[Callable[[Path, Path, O], Score]], Metric[O]]:
+    files: tuple[str, ...] = (),
+    data: Literal["needed", "optional"] = "needed",
+) -> Callable[[Callable[[Path, Any, O], Score]], Metric[O]]:
     """Register a metric under the function's name. See the module's docstring."""
 
-    def decorate(function: Callable[[Path, Path, O], Score]) -> Metric[O]:
+    def decorate(function: Callable[[Path, Any, O], Score]) -> Metric[O]:
         registered: Metric[O] = Metric(
             name=function.__name__,
             room="evaluate",
@@ -140,6 +149,8 @@ def metric(
             doc=sys.modules[function.__module__].__doc__ or "",
             score=function,
             check=check,
+            files=files,
+            data=data,
         )
         register(registered)
         return registered

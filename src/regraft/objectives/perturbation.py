@@ -17,6 +17,7 @@ from torch import Tensor
 from regraft.errors import UserError
 from regraft.resize.low_rank import LowRankLinear, weight_of
 from regraft.train.objective import Batch, Term
+from regraft.train.sharding import entire
 from regraft.train.tap import Seen
 
 
@@ -63,5 +64,5 @@ class Perturbation(Term):
         losses = []
         for name, module in modules:
             weight = weight_of(there[name]).detach().to(module.up.weight.device)
-            losses.append(perturbation_loss(module.dense(), weight, self.eps, self.mode))
+            losses.append(perturbation_loss(entire(module.dense()), weight, self.eps, self.mode))
         return torch.stack(losses).mean()

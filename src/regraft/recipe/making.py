@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from regraft.checkpoint import Checkpoint, open_checkpoint
-from regraft.checkpoint.card import write_card
+from regraft.adapters.folder import WEIGHTS
+from regraft.checkpoint import Checkpoint, open_checkpoint, read_safetensors
+from regraft.checkpoint.card import AdapterFacts, write_card
 from regraft.checkpoint.licences import LicenceVerdict, combine
 from regraft.checkpoint.lineage import InputRecord, Lineage, OptionGroup, Output
 from regraft.checkpoint.output import OutputFolder
-from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
+from regraft.checkpoint.sidecars import copy_licences, copy_sidecars, copy_tokenizer
 from regraft.checkpoint.writer import TensorSpec
 from regraft.errors import UserError
 from regraft.methods import Options, method
@@ -32,6 +33,8 @@ from regraft.recipe.fit import Member
 from regraft.recipe.planned import PlannedCheckpoint, PlannedTensor
 from regraft.recipe.progress import Progress
 from regraft.recipe.settings import Settings
+from regraft.train import processes
+from regraft.train.processes import Team
 
 FORMAT = 1
 
@@ -72,6 +75,11 @@ class MakePlan:
         trains = "max_steps" in type(self.options).model_fields
         return self.members["model"].checkpoint.bytes * (7 if trains else 1)
 
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether the result is an adapter for the model, not a model."""
+        return bool(self.maker.adapter(self.options))
+
     def as_checkpoint(self) -> PlannedCheckpoint:
         """The output as later steps may plan with it; its tensors are known only if they are those of the model."""
         source = self.members["model"].checkpoint
@@ -104,10 +112,6 @@ def plan_make(step: MakeStep, members: Mapping[str, Member], recipe: Recipe, set
     Raises:
         UserError: RG304 and RG601 for what is missing, RG303 for options, RG602 for a model that has no folder.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        what = "a recipe was launched in several processes, and its steps are made by one"
-        fix = "train from Python, by regraft.train.loop.train, which several processes may call"
-        raise UserError("RG309", what, where=step.where, fix=fix)
     maker = method(step.verb, step.method, where=step.where)
     chosen = dict(step.options)
     if settings.seed is not None and "seed" in maker.options.model_fields:
@@ -143,8 +147,12 @@ def _data_at(text: str, step: MakeStep, recipe: Recipe) -> Path:
     return path
 
 
-def make(plan: MakePlan, out: Path, recipe: Recipe, settings: Settings, progress: Progress) -> Lineage:
+def make(
+    plan: MakePlan, out: Path, recipe: Recipe, settings: Settings, progress: Progress, team: Team | None = None
+) -> Lineage:
     """Make the model of a plan at `out`.
+
+    All processes of a team train; the first of them writes, and only its lineage is whole.
 
     Raises:
         UserError: whatever the maker raises, RG401 to RG405 for the output.
@@ -175,34 +183,43 @@ def make(plan: MakePlan, out: Path, recipe: Recipe, settings: Settings, progress
         progress.advance(step, steps)
         progress.figures(figures)
 
+    work = Work(
+        {role: m.checkpoint.path for role, m in plan.members.items()},
+        plan.options, plan.data, work_folder, key=plan.key,
+        device="cpu" if settings.device == "cpu" else "auto", tell=tell,
+        message=lambda text: progress.message(f"{plan.step.name}: {text}"), sources=plan.sources,
+    )  # fmt: skip
+    if team is not None and not team.first:
+        plan.maker.run(work)
+        return lineage
     with OutputFolder(out, force=settings.force) as folder:
-        work = Work(
-            {role: m.checkpoint.path for role, m in plan.members.items()},
-            plan.options, plan.data, work_folder, key=plan.key,
-            device="cpu" if settings.device == "cpu" else "auto", tell=tell,
-            message=lambda text: progress.message(f"{plan.step.name}: {text}"), sources=plan.sources,
-        )  # fmt: skip
         try:
             made = plan.maker.run(work)
         except BaseException:
             if not any(_worth_keeping(path) for path in work_folder.rglob("*")):
                 shutil.rmtree(work_folder, ignore_errors=True)  # nothing to go on from
             raise
-        dtype = next(made.model.parameters()).dtype
-        copy_sidecars(folder.staging, config_from=source, tokenizer_from=source, config_changes={}, dtype=dtype)
+        facts = None
+        if made.adapter is not None:
+            facts = _write_adapter(folder.staging, made, source, lineage)
+        else:
+            dtype = next(made.model.parameters()).dtype
+            copy_sidecars(folder.staging, config_from=source, tokenizer_from=source, config_changes={}, dtype=dtype)
+            surgery.save(made.model, folder.staging)
+            lineage.surgeries = surgery.surgeries_of(made.model.config)
+            lineage.output = _output(folder.staging, made.model, dtype)
         copy_licences(folder.staging, [m.checkpoint for m in plan.parents])
-        surgery.save(made.model, folder.staging)
         for name, text in made.files.items():
             (folder.staging / name).write_text(text, encoding="utf-8")
-        lineage.surgeries = surgery.surgeries_of(made.model.config)
         lineage.diagnostics = made.diagnostics
         lineage.warnings = [*plan.warnings, *made.warnings]
-        lineage.output = _output(folder.staging, made.model, dtype)
         lineage.finish()
         lineage.write(folder.staging)
         name = plan.step.name if out.parent.name == "artefacts" else out.name
         parents = [m.checkpoint for m in plan.members.values()]
-        write_card(folder.staging, lineage, parents, recipe=recipe.text, name=name, registered=plan.maker)
+        write_card(
+            folder.staging, lineage, parents, recipe=recipe.text, name=name, registered=plan.maker, adapter=facts
+        )
         folder.publish()
     if work_folder.exists():
         shutil.rmtree(work_folder)
@@ -216,6 +233,23 @@ def _worth_keeping(path: Path) -> bool:
     from regraft.train.stages import DONE
 
     return path.name.startswith(("checkpoint-", DONE))
+
+
+def _write_adapter(staging: Path, made: Any, base: Checkpoint, lineage: Lineage) -> AdapterFacts:
+    """The files of an adapter, with the tokenizer that it was trained with; what the card says of it."""
+    from regraft.train.lora import save_adapter
+
+    save_adapter(made.adapter, staging, base=base.repo_id or base.ref, revision=base.revision or None)
+    copy_tokenizer(staging, base)
+    tensors, _ = read_safetensors(staging / WEIGHTS)
+    lineage.output = Output(
+        tensors=len(tensors),
+        parameters=sum(math.prod(one.shape) for one in tensors.values()),
+        bytes=(staging / WEIGHTS).stat().st_size,
+        dtype="float32",
+    )
+    class_name = type(made.model).__name__
+    return AdapterFacts(base, class_name, "A LoRA adapter, trained by `regraft`.", tokenizer=True)
 
 
 def _output(folder: Path, model: Any, dtype: torch.dtype) -> Output:
@@ -268,7 +302,15 @@ def make_one(recipe: Recipe, out: Path, settings: Settings, progress: Progress) 
             what = f"the output is the folder of {member.name}, or one above it"
             raise UserError("RG401", what, where=str(out), fix="name another output")
     progress.step(step.name)
-    return make(plan, out, recipe, settings, progress)
+    team = team_of(settings)
+    lineage = make(plan, out, recipe, settings, progress, team)
+    team.meet()
+    return lineage
+
+
+def team_of(settings: Settings) -> Team:
+    """The processes that this one makes models with."""
+    return processes.team("cpu" if settings.device == "cpu" else "auto")
 
 
 def export(folder: Path, out: Path, *, force: bool = False) -> Lineage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ class EvaluatePlan:
     step: EvaluateStep
     metric: Any
     options: Options
-    data: Path
+    data: Path | None
     models: tuple[str, ...]
     folded: dict[str, MergePlan] = field(default_factory=dict)  # models that metrics need written as a folder
 
@@ -143,10 +143,11 @@ def make_plan(recipe: Recipe, settings: Settings | None = None, *, out: Path | N
     warnings: list[str] = []
     for step in recipe.steps:
         if isinstance(step, EvaluateStep):
-            adapters = [p.step.name for p in steps if isinstance(p, MergePlan) and p.combination is not None]
+            adapters = _adapters(steps)
             steps.append(_plan_evaluation(step, recipe, members, adapters, settings))
             continue
         if isinstance(step, MakeStep):
+            _check_whole(step, _adapters(steps))
             made = plan_make(step, members.of(step), recipe, settings)
             check_licences(made, settings)
             members.planned[step.name] = Member(step.name, made.as_checkpoint())
@@ -155,6 +156,7 @@ def make_plan(recipe: Recipe, settings: Settings | None = None, *, out: Path | N
         chosen = members.of(step)
         for member in chosen.values():
             _check_stock(member, step)
+        _check_untrained(step, steps)
         plan = plan_merge(step, chosen, settings, planned=any(m.name in members.planned for m in chosen.values()))
         check_licences(plan, settings)
         members.planned[step.name] = Member(step.name, plan.as_checkpoint())
@@ -236,6 +238,34 @@ def size_run(jobs: list[Job], settings: Settings) -> tuple[int, int]:
     return workers, chunk
 
 
+def _adapters(steps: Iterable[MergePlan | MakePlan | EvaluatePlan]) -> list[str]:
+    """The names of steps whose results are adapters."""
+    return [
+        p.step.name
+        for p in steps
+        if (isinstance(p, MergePlan) and p.combination is not None) or (isinstance(p, MakePlan) and p.makes_adapter)
+    ]
+
+
+def _check_whole(step: MakeStep, adapters: Collection[str]) -> None:
+    """Raise RG602 for a model of a step that is an adapter."""
+    for name in step.models.values():
+        if name in adapters:
+            what = f"{name} is an adapter, which has no folder of a whole model"
+            fix = "make it without output: lora, or lora_output: adapter"
+            raise UserError("RG602", what, where=step.where, fix=fix)
+
+
+def _check_untrained(step: MergeStep, steps: Iterable[MergePlan | MakePlan | EvaluatePlan]) -> None:
+    """Raise RG309 for a model of a merge that is an adapter which the recipe trains."""
+    trained = [p.step.name for p in steps if isinstance(p, MakePlan) and p.makes_adapter]
+    for name in step.references:
+        if name in trained:
+            what = f"{name} is an adapter that is not there before this run has trained it"
+            fix = "make it with lora_output: merged, or merge base+adapter by a recipe of its own"
+            raise UserError("RG309", what, where=step.where, fix=fix)
+
+
 def _check_stock(member: Member, step: MergeStep) -> None:
     """Raise RG309 for a model whose modules are not those of its architecture: factors of two models do not align."""
     kept = member.checkpoint.config.get("regraft")
@@ -271,13 +301,21 @@ def _plan_evaluation(
                 folded[name] = plan_merge(fold(name, step), {name: members.get(name)}, settings)
         elif name in adapters:
             what = f"{name} is an adapter, which has no folder of a whole model"
-            fix = "merge it into its base in a step without output: lora, and evaluate that step"
+            fix = "make it without output: lora, or lora_output: adapter, and evaluate that step"
             raise UserError("RG602", what, where=step.where, fix=fix)
     folder = recipe.path.parent if recipe.path else Path()
-    data = (folder / Path(step.data).expanduser()) if step.data else folder
-    if not step.data or not data.exists():
+    data = (folder / Path(step.data).expanduser()) if step.data else None
+    if (data is None and metric.data == "needed") or (data is not None and not data.exists()):
         raise UserError("RG601", f"no data at {step.data!r}", where=step.where, fix="give the path of a data file")
-    options = metric.resolve(step.options, where=step.where)
+    given = dict(step.options)
+    for name in metric.files:
+        if name in given:
+            path = folder / Path(str(given[name])).expanduser()
+            if not path.exists():
+                what = f"no data at {given[name]!r}, which {name} names"
+                raise UserError("RG601", what, where=step.where, fix="give the path of a data file")
+            given[name] = str(path)
+    options = metric.resolve(given, where=step.where)
     metric.check(data, options)
     return EvaluatePlan(step, metric, options, data, step.models, folded)
 

@@ -28,12 +28,13 @@ from regraft.recipe.document import OUTPUTS, STATE_DICT, EvaluateStep, MakeStep,
 from regraft.recipe.execute import execute
 from regraft.recipe.execute_adapter import is_adapter, open_result, write_adapter
 from regraft.recipe.fit import Member
-from regraft.recipe.making import MakePlan, data_key, make, plan_make
+from regraft.recipe.making import MakePlan, data_key, make, plan_make, team_of
 from regraft.recipe.merge_plan import MergePlan, plan_merge
 from regraft.recipe.plan import Members, Plan, fold, make_plan, size_run
 from regraft.recipe.progress import Progress, Silent
 from regraft.recipe.scores import Evaluation, record_scores
 from regraft.recipe.settings import Settings
+from regraft.train.processes import Team
 
 __all__ = ["Evaluation", "Progress", "RunResult", "merge", "run"]
 
@@ -65,15 +66,21 @@ def run(recipe: Recipe, out: Path, settings: Settings | None = None, progress: P
     store = _Store(out)
     members = plan.members.afresh()
     result = RunResult(out, plan)
+    team = team_of(settings)
     for step in recipe.steps:
         progress.step(step.name)
         if isinstance(step, EvaluateStep):
-            result.evaluations += _evaluate(step, plan, members, store, settings, progress)
+            if team.first:
+                result.evaluations += _evaluate(step, plan, members, store, settings, progress)
+            team.meet()
             continue
-        folder, made = _artefact(step, recipe, members, store, settings, progress)
+        folder, made = _artefact(step, recipe, members, store, settings, progress, team)
         result.artefacts[step.name] = folder
-        store.link(step.name, folder)
+        if team.first:
+            store.link(step.name, folder)
         members.planned[step.name] = Member(step.name, made)
+    if not team.first:
+        return result
     store.write("scores.json", [asdict(e) for e in result.evaluations])
     for planned in plan.makes:
         record_scores(planned, result.artefacts[planned.step.name], members, result.evaluations)
@@ -212,24 +219,29 @@ def _artefact(
     store: _Store,
     settings: Settings,
     progress: Progress,
+    team: Team = Team(),  # noqa: B008 - it cannot be changed
 ) -> tuple[Path, Checkpoint]:
-    """The folder of a step's result, and that result as a model."""
+    """The folder of a step's result, and that result as a model; the first process of a team makes it."""
     plan: MergePlan | MakePlan
     if isinstance(step, MakeStep):
         plan = plan_make(step, members.of(step), recipe, settings)
     else:
         plan = plan_merge(step, members.of(step), settings)
     folder = store.folder(step.name, plan.key)
-    if _key_at(folder) == plan.key:
-        clear_leftovers(folder)
+    if team.agreed(_key_at(folder) == plan.key):
+        if team.first:
+            clear_leftovers(folder)
         progress.message(f"{step.name}: done before")
     else:
-        if folder.exists():
+        if team.first and folder.exists():
             shutil.rmtree(folder)  # our own cache entry, damaged: made again
         if isinstance(plan, MakePlan):
-            make(plan, folder, recipe, settings, progress)
-        else:
+            make(plan, folder, recipe, settings, progress, team)
+        elif team.first:
             _make(plan, folder, recipe, settings, progress)
+        team.meet()
+    if isinstance(plan, MakePlan) and plan.makes_adapter:
+        return folder, plan.as_checkpoint()  # no later step may use it
     adapter = isinstance(plan, MergePlan) and plan.combination is not None
     return folder, open_result(plan, folder) if adapter else open_checkpoint(str(folder))  # type: ignore[arg-type]
 
@@ -248,10 +260,14 @@ def _evaluate(
 ) -> list[Evaluation]:
     planned = next(s for s in plan.steps if s.step is step)
     found = []
-    content = data_key(planned.data)  # type: ignore[union-attr]
+    content = data_key(planned.data) if planned.data is not None else None  # type: ignore[union-attr]
+    options = planned.options.model_dump(mode="json")
+    for further in planned.metric.files:  # type: ignore[union-attr]
+        if options[further] is not None:
+            options[further] = data_key(Path(options[further]))  # what is in it, not where it is
     for i, name in enumerate(step.models):
         checkpoint = members.get(name).checkpoint
-        facts = [planned.metric.name, planned.options.model_dump(mode="json"), content, checkpoint.digest()]  # type: ignore[union-attr]
+        facts = [planned.metric.name, options, content, checkpoint.digest()]  # type: ignore[union-attr]
         key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
         score = store.score(key)
         if score is None:
@@ -261,7 +277,8 @@ def _evaluate(
             score = planned.metric.score(folder, planned.data, planned.options)  # type: ignore[union-attr]
             score = score.model_dump(mode="json") if hasattr(score, "model_dump") else dict(asdict(score))
             store.keep_score(key, score)
-        found.append(Evaluation(step.name, planned.metric.name, name, step.data, score))  # type: ignore[union-attr]
+        asked = step.data or ", ".join(getattr(planned.options, "tasks", ()))  # type: ignore[union-attr]
+        found.append(Evaluation(step.name, planned.metric.name, name, asked, score))  # type: ignore[union-attr]
         progress.advance(i + 1, len(step.models))
     return found
 

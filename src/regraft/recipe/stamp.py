@@ -187,6 +187,7 @@ class Stamp:
 
 def _named(recipe: Recipe) -> list[list[str]]:
     """[kind, text] for each model and each data file that a recipe names, wherever in it."""
+    from regraft.methods import method
     from regraft.recipe.document import EvaluateStep, MakeStep
 
     models: list[str] = []
@@ -194,7 +195,8 @@ def _named(recipe: Recipe) -> list[list[str]]:
     for step in recipe.steps:
         if isinstance(step, EvaluateStep):
             models += step.models
-            data.append(step.data)
+            further = (step.options.get(name) for name in method("evaluate", step.metric).files)
+            data += [*([step.data] if step.data else []), *(str(text) for text in further if text is not None)]
             continue
         if isinstance(step, MakeStep):
             models += step.models.values()

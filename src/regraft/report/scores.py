@@ -13,6 +13,7 @@ from regraft.report.frame import STYLES
 from regraft.report.lineage import KINDS
 from regraft.report.sections import Cell, Column, Figure, Section, Table
 
+SHARES = ("accuracy", "f1", "knn", "linear_probe")  # metrics that are shown times 100
 _PART = re.compile(r",(?=[A-Za-z_]\w*=)")
 
 
@@ -76,8 +77,8 @@ def is_judged(score: Score) -> bool:
 
 
 def is_share(metric: str, scores: Iterable[Score]) -> bool:
-    """Whether the metric is a share of right answers, shown times 100."""
-    return metric == "accuracy" and all(0 <= one.value <= 1 for one in scores)
+    """Whether the metric is a share of right answers, or a mean of such, shown times 100."""
+    return metric in SHARES and all(0 <= one.value <= 1 for one in scores)
 
 
 def sweep_figures(evaluations: Iterable[Scored]) -> list[Section]:

@@ -24,6 +24,7 @@ from regraft.resize.low_rank import factorised, is_linear, replace, weight_of
 from regraft.resize.surgery import record, surgeries_of
 from regraft.resize.svd import EXACT_UP_TO, Factors, spectrum, truncated, whitened
 
+_PARTS = {"qkv": 3, "kv": 2}  # last part of a role -> matrices in one
 SLOW_BELOW = 256  # width under which two small products are rarely faster than one dense one on a CPU
 
 
@@ -40,6 +41,9 @@ class LowRankOptions(Options):
     )
     include: tuple[str, ...] = Field(("attention", "cross", "ffn"), description="roles of layers to factorise")
     exclude: tuple[str, ...] = Field((), description="roles of layers to leave dense")
+    split_qkv: bool = Field(
+        False, description="make queries, keys and values that are one matrix (GPT-2) low-rank each by itself"
+    )
     svd: Literal["auto", "exact", "randomized"] = Field(
         "auto", description="how factors are found; auto: randomized above 2,048, exact below"
     )
@@ -66,12 +70,13 @@ class Layer:
     best: float | None = None
     output_error: float | None = None
     randomized: bool = False
+    parts: int = 1
 
     @property
     def kept(self) -> int:
         """Parameters of its matrix afterwards."""
         rows, columns = self.shape
-        return rows * columns if self.rank is None else self.rank * (rows + columns)
+        return rows * columns if self.rank is None else self.rank * (rows + self.parts * columns)
 
 
 @dataclass
@@ -98,6 +103,7 @@ class Factorisation:
                 "role": la.role,
                 "shape": list(la.shape),
                 "rank": la.rank,
+                "parts": la.parts,
                 "error": la.error,
                 "output_error": la.output_error,
                 "randomized": la.randomized,
@@ -154,19 +160,21 @@ def plan(model: Any, options: LowRankOptions) -> Factorisation:
             uses[id(weight)] = uses.get(id(weight), 0) + 1
     total = sum(p.numel() for p in model.parameters())
     shapes = {name: tuple(weight_of(modules[name]).shape) for name in chosen}
+    parts = {name: _PARTS.get(roles.places[name].role.rpartition(".")[2], 1) for name in chosen}
+    parts = {name: n if options.split_qkv else 1 for name, n in parts.items()}
     free = [name for name in chosen if uses[id(modules[name].weight)] == 1]
-    ranks = _ranks(modules, shapes, free, total, options)
+    ranks = _ranks(modules, shapes, parts, free, total, options)
     layers = []
     for name in chosen:
         rows, columns = shapes[name]
         role = roles.places[name].role
         if name not in free:
             layers.append(Layer(name, role, (rows, columns), None, "its matrix is shared with another module"))
-        elif ranks[name] * (rows + columns) >= rows * columns:
+        elif ranks[name] * (rows + parts[name] * columns) >= rows * columns:
             why = f"two factors of rank {ranks[name]} are no smaller"
             layers.append(Layer(name, role, (rows, columns), None, why))
         else:
-            layers.append(Layer(name, role, (rows, columns), ranks[name]))
+            layers.append(Layer(name, role, (rows, columns), ranks[name], parts=parts[name]))
     found = Factorisation(layers, total, total - sum(la.shape[0] * la.shape[1] - la.kept for la in layers))
     if not found.factorised:
         raise UserError("RG303", f"no layer becomes smaller: {layers[0].why}", fix="ask for smaller layers")
@@ -207,30 +215,38 @@ def factorise(
             continue
         module = modules[layer.name]
         factors = _factors(module, layer, options, (moments or {}).get(layer.name))
-        replace(model, layer.name, factorised(module, factors.up, factors.down))
+        replace(model, layer.name, factorised(module, factors.up, factors.down, layer.parts))
         errors = {name: getattr(factors, name) for name in ("error", "best", "output_error", "randomized")}
         measured.append(dataclasses.replace(layer, **errors))
         done += 1
         if on_progress is not None:
             on_progress(done, len(found.factorised))
     found.layers = measured
-    record(model, "low_rank", {la.name: la.rank for la in found.factorised})
+    sizes = {la.name: la.rank if la.parts == 1 else [la.rank, la.parts] for la in found.factorised}
+    record(model, "low_rank", sizes)
     return found
 
 
 def input_moments(model: Any, batches: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Tensor]:
     """The mean of x x^T over all inputs of some linear layers, (I, I) each, in float64; padding is left out."""
+    from regraft.train.masks import valid
     from regraft.train.tap import look
 
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    mask: list[Tensor | None] = [None]
+    shown: dict[str, Any] = {}
+    places = modules_of(model).places
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        place = places[name]
+        # Keys and values of cross-attention are made of what the encoder read.
+        reads = "encoder" if place.role in ("cross.key", "cross.value", "cross.kv") else place.stack
+
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            if mask[0] is not None and x.shape[:2] == mask[0].shape:
-                x = x[mask[0].bool()]
+            real = valid(shown, reads, x)
+            if real is not None:
+                x = x[real]
             rows = x.reshape(-1, x.shape[-1]).double()
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=x.device)) + rows.T @ rows
             counts[name] = counts.get(name, 0) + len(rows)
@@ -243,7 +259,8 @@ def input_moments(model: Any, batches: Sequence[Mapping[str, Any]], names: Seque
         model.eval()
         with torch.no_grad():
             for batch in batches:
-                mask[0] = batch.get("attention_mask")
+                shown.clear()
+                shown.update(batch)
                 look(model, {key: value for key, value in batch.items() if key != "labels"})
     finally:
         model.train(training)
@@ -253,8 +270,30 @@ def input_moments(model: Any, batches: Sequence[Mapping[str, Any]], names: Seque
 
 
 def _factors(module: nn.Module, layer: Layer, options: LowRankOptions, moments: Tensor | None) -> Factors:
-    assert layer.rank is not None
     weight = weight_of(module)
+    if layer.parts == 1:
+        return _factors_of(weight, layer, options, moments)
+    blocks = weight.unflatten(0, (layer.parts, -1))
+    found = [_factors_of(block, layer, options, moments) for block in blocks]
+    sizes = [float(torch.linalg.vector_norm(block.double())) for block in blocks]
+    error = _together([one.error for one in found], sizes)
+    best, output_error = _together([one.best for one in found], sizes), None
+    if moments is not None:
+        outputs = [float(((b.double() @ moments.double()) * b).sum().clamp(min=0).sqrt()) for b in blocks]
+        output_error = _together([one.output_error for one in found], outputs)
+    up, down = torch.cat([one.up for one in found]), torch.cat([one.down for one in found])
+    return Factors(up, down, error or 0.0, best, output_error, any(one.randomized for one in found))
+
+
+def _together(errors: Sequence[float | None], sizes: Sequence[float]) -> float | None:
+    """The relative error of several blocks, of these norms, as one; None if one is not known, or all are zero."""
+    if any(error is None for error in errors) or not any(sizes):
+        return None
+    return math.hypot(*(e * s for e, s in zip(errors, sizes, strict=True) if e is not None)) / math.hypot(*sizes)
+
+
+def _factors_of(weight: Tensor, layer: Layer, options: LowRankOptions, moments: Tensor | None) -> Factors:
+    assert layer.rank is not None
     sketch = options.svd == "randomized" or (options.svd == "auto" and min(weight.shape) > EXACT_UP_TO)
     if moments is not None:
         return whitened(weight, moments, layer.rank, randomized=sketch, where=layer.name)
@@ -263,18 +302,21 @@ def _factors(module: nn.Module, layer: Layer, options: LowRankOptions, moments: 
 
 def _ranks(
     modules: Mapping[str, nn.Module],
-    shapes: Mapping[str, tuple[int, ...]],
+    whole: Mapping[str, tuple[int, ...]],
+    parts: Mapping[str, int],
     free: Sequence[str],
     total: int,
     options: LowRankOptions,
 ) -> dict[str, int]:
-    """The rank of each layer that may be factorised."""
+    """The rank of each layer that may be factorised, of each of its parts where it has several."""
+    shapes = {name: (whole[name][0] // parts[name], whole[name][1]) for name in free}
     if options.rank is not None:
         return {name: min(options.rank, *shapes[name]) for name in free}
     if options.energy is not None:
-        return {name: _by_energy(weight_of(modules[name]), options.energy, name) for name in free}
+        blocks = {name: weight_of(modules[name]).unflatten(0, (parts[name], -1)) for name in free}
+        return {name: max(_by_energy(block, options.energy, name) for block in blocks[name]) for name in free}
     if options.target_parameters is not None:
-        ratio = _solved(shapes, free, total, options.target_parameters)
+        ratio = _solved(shapes, parts, free, total, options.target_parameters)
     else:
         ratio = options.ratio if options.ratio is not None else 2.0
     ranks = {name: rank_of(shapes[name][0], shapes[name][1], ratio) for name in free}
@@ -292,13 +334,19 @@ def _by_energy(weight: Tensor, energy: float, where: str) -> int:
     return min(int((kept < energy).sum()) + 1, len(squares))
 
 
-def _solved(shapes: Mapping[str, tuple[int, ...]], free: Sequence[str], total: int, share: float) -> float:
-    """The smallest ratio at which the whole model keeps at most this share of its parameters."""
-    dense = sum(shapes[name][0] * shapes[name][1] for name in free)
+def _solved(
+    shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, int], free: Sequence[str], total: int, share: float
+) -> float:
+    """The smallest ratio at which the whole model keeps at most this share of its parameters.
+
+    Args:
+        shapes: of one part of each layer.
+    """
+    dense = sum(parts[name] * shapes[name][0] * shapes[name][1] for name in free)
 
     def kept(ratio: float) -> int:
         ranks = {name: rank_of(shapes[name][0], shapes[name][1], ratio) for name in free}
-        return total - dense + sum(ranks[name] * sum(shapes[name]) for name in free)
+        return total - dense + sum(parts[name] * ranks[name] * sum(shapes[name]) for name in free)
 
     low, high = 1.0, 1000.0
     if kept(high) > share * total:

@@ -1,6 +1,7 @@
 """Models whose modules are not those of their architecture: recorded, saved, loaded again, and folded back.
 
-A surgery is a record in the model's configuration, `regraft: {surgeries: [{kind, modules: {name: rank}}]}`. `save`
+A surgery is a record in the model's configuration, `regraft: {surgeries: [{kind, modules: {name: rank}}]}`, where a
+matrix that became several products has `[rank, parts]` instead. `save`
 writes such a model with `model_type: regraft`, so that a loader that knows nothing of surgeries refuses it in a
 sentence, where the stock type would make it fill the missing matrices with random numbers; `load` builds the stock
 architecture, replays the records and puts the weights in. `export` folds everything back into a stock model.
@@ -197,17 +198,25 @@ def _replay(model: Any, surgery: Mapping[str, Any], folder: Path) -> None:
         raise UserError("RG105", what, where=str(folder / "config.json"), fix="use the version that made the model")
     there = dict(model.named_modules())
     done = {}
-    for name, rank in surgery["modules"].items():
+    for name, size in surgery["modules"].items():
+        rank, parts = size if isinstance(size, list) and len(size) == 2 else (size, 1)
         own = next((n for n in _spellings(model, name) if n in there), "")
         if not own and _is_head(model, name):
             continue  # the head was exchanged for another one
         linear = bool(own) and is_linear(there[own])
-        if not linear or not isinstance(rank, int) or not 1 <= rank <= min(weight_of(there[own]).shape):
-            what = f"the surgery names {name} with rank {rank!r}, which the architecture has no place for"
+        if not linear or not _fits(rank, parts, weight_of(there[own])):
+            what = f"the surgery names {name} with rank {size!r}, which the architecture has no place for"
             raise UserError("RG105", what, where=str(folder / "config.json"), fix="the file was edited; make it again")
-        replace(model, own, low_rank_like(there[own], rank))
-        done[own] = rank
+        replace(model, own, low_rank_like(there[own], rank, parts))
+        done[own] = size
     record(model, "low_rank", done)
+
+
+def _fits(rank: Any, parts: Any, weight: torch.Tensor) -> bool:
+    """Whether a matrix can become this many products of this rank."""
+    if not isinstance(rank, int) or not isinstance(parts, int) or not 1 <= parts <= weight.shape[0]:
+        return False
+    return weight.shape[0] % parts == 0 and 1 <= rank <= min(weight.shape[0] // parts, weight.shape[1])
 
 
 def _fill(model: Any, folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Batches for what a model is: masked or next tokens, classes of texts or images, pairs of images and texts.
+"""Batches for what a model is: masked or next tokens, texts for texts, classes of texts or images, images with texts.
 
 `batches_for` looks at the model's architecture and at the first example, and gives the function that turns examples
 into a batch, labels included where the model has a loss of its own and the data has what that needs. Which tokens are
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from regraft.errors import UserError, nearest
 from regraft.inspect import images
-from regraft.inspect.answers import text_part
-from regraft.inspect.loading import Loaded, context_length, load_tokenizer
+from regraft.inspect.loading import Loaded, context_length, load_tokenizer, text_part
 from regraft.inspect.rows import Row
 from regraft.methods import Options
 from regraft.train.order import generator
+from regraft.train.packing import check_packing, packed
 from regraft.train.tap import accepted
 from regraft.train.vocabulary import has_tokenizer
 
@@ -34,11 +34,15 @@ class DataOptions(Options):
 
     text: str = Field("text", description="column with texts")
     text_pair: str | None = Field(None, description="column with a second text, for tasks on pairs")
+    target: str = Field("target", description="column with the text that an encoder-decoder is to write")
     label: str = Field("label", description="column with classes: names, or numbers")
     image: str = Field("image", description="column with images: file names, nested lists from 0 to 255, or images")
     pixel_values: str = Field("pixel_values", description="column with arrays that go into the model as they are")
     max_length: int | None = Field(
         None, ge=2, description="cut texts at this many tokens; else at what the model takes"
+    )
+    packing: bool = Field(
+        False, description="join the texts of a pass into one row without padding, for causal language models"
     )
     mask_probability: float = Field(0.15, gt=0, lt=1, description="share of tokens that masked models have to guess")
     split: str | None = Field(None, description="split to take from a folder that holds several")
@@ -52,7 +56,8 @@ class Batches:
 
     Attributes:
         collate: examples and seeds -> batch.
-        kind: "masked", "causal", "text classes", "image classes", "pairs", "texts" or "images".
+        kind: "masked", "causal", "packed", "text to text", "text classes", "image classes", "pairs", "texts" or
+            "images".
         has_loss: whether the batches hold what the model's own loss needs.
     """
 
@@ -88,6 +93,11 @@ def batches_for(
     home = folder if data is None else data if data.is_dir() else data.parent
     takes = accepted(type(model))
     sees, reads = "pixel_values" in takes, "input_ids" in takes
+    name = type(model).__name__
+    causal = "CausalLM" in name or name.endswith("LMHeadModel")
+    if o.packing and not (causal and labels):
+        what = f"texts are packed for the own loss of causal language models, and this is a {name}"
+        raise UserError("RG309", what, fix="set packing to false")
     pixels = _pixels(loaded, example, o, home) if sees else None
     if sees and reads:
         return Batches(_pairs(_Texts(loaded, o), pixels, labels), "pairs", labels and "return_loss" in takes)
@@ -101,10 +111,16 @@ def batches_for(
         raise UserError("RG309", what, fix="write an objective whose collate makes its batches")
     texts = _Texts(loaded, o)
     _row(example).text(o.text)
-    name = type(model).__name__
+    if "decoder_input_ids" in takes and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        has_loss = labels and _has(example, o.target)
+        column = o.target if _has(example, o.target) else o.text
+        return Batches(_text_to_text(model, texts, column, has_loss), "text to text", has_loss)
     if labels and "MaskedLM" in name:
         return Batches(_masked(texts, o.mask_probability), "masked", True)
-    if labels and ("CausalLM" in name or name.endswith("LMHeadModel")):
+    if labels and o.packing:
+        check_packing(model)
+        return Batches(_packed(texts), "packed", True)
+    if labels and causal:
         return Batches(_causal(texts), "causal", True)
     has_loss = labels and "SequenceClassification" in name and _has(example, o.label)
     return Batches(_classes(model, texts, o if has_loss else None), "text classes" if has_loss else "texts", has_loss)
@@ -124,6 +140,20 @@ class _Texts:
         if self.tokenizer.pad_token is None:
             what = "the tokenizer has no token to pad with"
             raise UserError("RG602", what, where=str(loaded.folder), fix="add a pad_token to its tokenizer_config.json")
+
+    def tokens(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """The tokens of each text, without padding."""
+        texts = [_row(example).text(self._options.text) for example in examples]
+        found: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=self._length)["input_ids"]
+        return found
+
+    def targets(self, examples: Sequence[Mapping[str, Any]], column: str) -> dict[str, Tensor]:
+        """The texts of a column as a decoder is to write them."""
+        texts = [_row(example).text(column) for example in examples]
+        encoded = self.tokenizer(
+            text_target=texts, truncation=True, max_length=self._length, padding=True, return_tensors="pt"
+        )
+        return dict(encoded)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]], *, special: bool = False) -> dict[str, Tensor]:
         rows = [_row(example) for example in examples]
@@ -191,6 +221,27 @@ def _causal(texts: _Texts) -> Callable[..., dict[str, Any]]:
         batch = texts(examples)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
         return {**batch, "labels": labels}
+
+    return collate
+
+
+def _packed(texts: _Texts) -> Callable[..., dict[str, Any]]:
+    def collate(examples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+        return packed(texts.tokens(examples))
+
+    return collate
+
+
+def _text_to_text(model: Any, texts: _Texts, column: str, with_loss: bool) -> Callable[..., dict[str, Any]]:
+    """What the decoder reads is given beside the labels, since a teacher is not shown these."""
+
+    def collate(examples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+        targets = texts.targets(examples, column)
+        mask = targets["attention_mask"]
+        labels = targets["input_ids"].masked_fill(mask == 0, IGNORED)
+        read = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        batch = {**texts(examples), "decoder_input_ids": read, "decoder_attention_mask": mask}
+        return {**batch, "labels": labels} if with_loss else batch
 
     return collate
 

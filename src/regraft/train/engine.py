@@ -21,14 +21,17 @@ from torch.utils.data import DataLoader
 
 from regraft.errors import UserError
 from regraft.resize import surgery
-from regraft.train import heads
+from regraft.train import heads, processes
+from regraft.train.lora import restore_adapter, save_adapter
 from regraft.train.objective import Objective
 from regraft.train.options import TrainOptions
 from regraft.train.order import Keyed, Order, Stream, example_seed
 from regraft.train.schedule import factor, parameter_groups
+from regraft.train.sharding import Divided, entire, part
 from regraft.train.tap import unwrapped
 
 EMA_FILE = "ema.pt"
+SCHEDULER_FILE = transformers.trainer.SCHEDULER_NAME
 STATE_FILE = transformers.trainer.TRAINER_STATE_NAME
 
 
@@ -41,6 +44,7 @@ class Engine(transformers.Trainer):
         data: examples; with a length they are shuffled, else they are a stream.
         steps: optimiser steps of the whole run.
         folder: for checkpoints.
+        adapter: the PEFT model whose adapter is trained, None to train the model; then checkpoints hold the adapter.
         tell: called after each step with (step, steps, figures).
         stop: asked after each step whether to end here, with a checkpoint.
     """
@@ -54,17 +58,19 @@ class Engine(transformers.Trainer):
         steps: int,
         folder: Path,
         *,
+        adapter: Any | None = None,
         device: str,
         tell: Callable[[int, int, Mapping[str, float]], None],
         stop: Callable[[], bool],
     ) -> None:
         self.objective, self.options, self.steps = objective, options, steps
         self.ema: dict[str, Tensor] | None = None
-        self._data, self._begin = data, 0
+        self._data, self._begin, self._adapter = data, 0, adapter
         self.optimizer: Any
         self.lr_scheduler: Any
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
+        self.team = processes.team(device)
         arguments = transformers.TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
@@ -85,17 +91,24 @@ class Engine(transformers.Trainer):
             label_names=[],
             ignore_data_skip=True,
             disable_tqdm=True,
-            use_cpu=device == "cpu" or not _accelerated(),
+            use_cpu=device == "cpu" or not processes.accelerated(),
         )
+        self.divided = Divided(model, arguments.device) if options.fsdp else None
         super().__init__(
-            model=model,
+            model=model if self.divided is None else self.divided.model,
             args=arguments,
             data_collator=lambda pairs: objective.collate([e for _, e in pairs], [s for s, _ in pairs]),
             callbacks=[_Steps(self, tell, stop)],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            what = "the run was launched with weights that are divided among processes, which is not done yet"
-            raise UserError("RG309", what, fix="launch it without FSDP and DeepSpeed")
+            what = "the run was launched with weights that accelerate is to divide among processes"
+            raise UserError("RG309", what, fix="launch it without FSDP and DeepSpeed, and set fsdp to true")
+        if self.divided is not None:
+            # It is divided already, and is not to be wrapped so that all processes hold all of it.
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, device_placement=None, evaluation_mode=False: prepare(
+                model, device_placement=False, evaluation_mode=True
+            )
         self.remove_callback(transformers.PrinterCallback)
         self.model_accepts_loss_kwargs = False
 
@@ -191,25 +204,57 @@ class Engine(transformers.Trainer):
     # -- files ---------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        whole = unwrapped(self.model)
+        if self.divided is not None:
+            self.divided.gather()
+            whole = self.divided.whole
+        ema = {name: entire(mean) for name, mean in self.ema.items()} if self.ema is not None else None
+        folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            model = unwrapped(self.model)
-            with heads.without(model) as extra:
-                surgery.save(model, folder)
-            heads.save(extra, folder)
-            if self.ema is not None:
-                torch.save(self.ema, folder / EMA_FILE)
+            if self._adapter is not None:
+                save_adapter(self._adapter, folder)
+            else:
+                with heads.without(whole) as extra:
+                    surgery.save(whole, folder)
+                heads.save(extra, folder)
+            if ema is not None:
+                torch.save(ema, folder / EMA_FILE)
+        self.team.meet()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.divided is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.divided.save_moments(self.optimizer.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+        self.team.meet()  # the state of the run, by which a checkpoint is known to be whole, comes after all parts
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.divided is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.divided.restore_moments(self.optimizer.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        kept = surgery.load(folder, type(unwrapped(self.model)).__name__)
-        target = unwrapped(model or self.model)
-        with heads.without(target) as extra:
-            target.load_state_dict(kept.state_dict())
-        heads.load(extra, folder)
+        if self._adapter is not None:
+            restore_adapter(self._adapter, folder)
+        else:
+            kept = surgery.load(folder, type(unwrapped(self.model)).__name__)
+            target = unwrapped(model or self.model)
+            if self.divided is not None:
+                self.divided.scatter(dict(kept.named_parameters()) | dict(kept.named_buffers()))
+            else:
+                with heads.without(target) as extra:
+                    target.load_state_dict(kept.state_dict())
+                heads.load(extra, folder)
         if (folder / EMA_FILE).is_file():
-            self.ema = torch.load(folder / EMA_FILE, weights_only=True, map_location=self.args.device)
+            means = torch.load(folder / EMA_FILE, weights_only=True, map_location=self.args.device)
+            weights = self._averaged()
+            self.ema = {name: part(mean, weights[name]) for name, mean in means.items()}
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing to save: see the module's docstring."""
@@ -235,12 +280,14 @@ class Engine(transformers.Trainer):
             for name, mean in self.ema.items():
                 mean.lerp_(weights[name].detach().float(), 1 - decay)
 
-    def take_average(self) -> None:
-        """Give the model the running mean as its weights."""
+    def finish(self) -> None:
+        """Give the model the running mean as its weights, if there is one, and make it whole."""
         if self.ema is not None:
             with torch.no_grad():
                 for name, value in self._averaged().items():
                     value.copy_(self.ema[name])
+        if self.divided is not None:
+            self.divided.gather()
 
     def _averaged(self) -> dict[str, Tensor]:
         """What has a running mean: weights that are trained, and buffers of floats (of batch norms) that move."""
@@ -271,19 +318,14 @@ class _Steps(transformers.TrainerCallback):
         done = state.global_step - first
         left = (time.monotonic() - begun) / done * (state.max_steps - state.global_step)
         self._tell(state.global_step, state.max_steps, {**self._figures, "seconds_left": left})
-        if self._stop() and state.global_step < state.max_steps:
+        # All of several processes have to stop behind the same step.
+        if self._engine.team.any(self._stop()) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
         self._figures = {name: float(value) for name, value in (logs or {}).items() if not name.startswith("train_")}
-
-
-def _accelerated() -> bool:
-    """Whether torch has anything faster than the processor here."""
-    known = getattr(torch, "accelerator", None)
-    return bool(known.is_available()) if known is not None else torch.cuda.is_available()
 
 
 def checkpoints(folder: Path) -> Sequence[Path]:

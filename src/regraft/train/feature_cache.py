@@ -53,13 +53,14 @@ class FeatureCache:
         """A key for each example of a batch: of the model, of what is asked for, and of its input without padding."""
         rows = len(next(iter(inputs.values())))
         head = json.dumps([self._model_key, str(self._dtype), sorted(asked)]).encode()
-        mask = next((inputs[name].bool().cpu() for name in _MASKS if name in inputs), None)
+        masks = {name: inputs[name].bool().cpu() for name in _MASKS if name in inputs}
         keys = []
         for i in range(rows):
             digest = hashlib.blake2b(head, digest_size=16)
             for name in sorted(inputs):
                 value = inputs[name][i].cpu()
-                if mask is not None and value.ndim and value.shape[0] == mask.shape[1]:
+                mask = masks.get(_MASKS[name.startswith("decoder_")])
+                if mask is not None and value.ndim == 1 and value.shape[0] == mask.shape[1]:
                     value = value[mask[i]]
                 digest.update(f"{name} {value.dtype} {list(value.shape)}\0".encode())
                 digest.update(_bytes(value))

@@ -35,6 +35,11 @@ def attached(model: nn.Module, name: str) -> nn.Module:
     return heads[name]
 
 
+def present(model: nn.Module) -> bool:
+    """Whether a model has any."""
+    return _NAME in model._modules
+
+
 def remove(model: nn.Module) -> None:
     """Take all of them off."""
     model._modules.pop(_NAME, None)

@@ -19,7 +19,8 @@ from types import FrameType
 from typing import Any
 
 from regraft.errors import UserError
-from regraft.train import heads
+from regraft.train import heads, processes
+from regraft.train.lora import apart
 from regraft.train.objective import Objective
 from regraft.train.options import TrainOptions
 
@@ -70,14 +71,14 @@ def train(
     device: str = "auto",
     tell: Tell | None = None,
 ) -> TrainResult:
-    """Train a model in place.
+    """Train a model in place; of a PEFT model, its adapter.
 
     The folder holds checkpoints while the run lasts. If a former run with the same options and key left one there, this
     run goes on from it, and ends with the same weights, to the bit on the same hardware, as a run that was not stopped.
     Ctrl-C ends the run after the step it is in, with a checkpoint that `regraft.load` opens; a second one at once.
 
     Args:
-        model: a transformers model.
+        model: a transformers model, or one with an adapter of PEFT, whose checkpoints hold the adapter alone.
         objective: what to minimise.
         data: anything with a length and numbered entries, such as a list or a `datasets.Dataset`, else a stream: an
             iterable that gives the same each time.
@@ -94,21 +95,25 @@ def train(
     """
     options = options or TrainOptions()
     _need_accelerate(options)
+    model, adapter = apart(model)
     _check_model(model)
+    _check_sharding(options, adapter)
     folder = Path(folder)
     examples = len(data) if isinstance(data, Sized) else None
     if examples == 0:
         raise UserError("RG601", "the data is empty", fix="give data with at least one example")
-    steps = steps_of(options, examples, _processes())
+    steps = steps_of(options, examples, processes.count())
     try:
         objective.prepare(model)
-        return _run(model, objective, data, options, steps, folder, key, device, tell)
+        _check_heads(model, options, adapter)
+        return _run(model, adapter, objective, data, options, steps, folder, key, device, tell)
     finally:
         heads.remove(model)
 
 
 def _run(
     model: Any,
+    adapter: Any | None,
     objective: Objective,
     data: Any,
     options: TrainOptions,
@@ -129,7 +134,7 @@ def _run(
     with _stopping() as stop:
         engine = Engine(
             model, objective, data, options, steps, folder,
-            device=device, tell=tell or (lambda step, steps, figures: None), stop=lambda: bool(stop),
+            adapter=adapter, device=device, tell=tell or (lambda step, steps, figures: None), stop=lambda: bool(stop),
         )  # fmt: skip
         former = checkpoints(folder)
         resumed = int(former[-1].name.rpartition("-")[2]) if former else 0
@@ -142,7 +147,7 @@ def _run(
     if done < steps:
         kept = f"step {done:,} of {steps:,} is kept in {folder}, and the same run goes on from there"
         raise KeyboardInterrupt(kept)
-    engine.take_average()
+    engine.finish()
     model.eval()
     history = [{k: float(v) for k, v in entry.items()} for entry in engine.state.log_history if "loss" in entry]
     return TrainResult(done, history, time.monotonic() - begun, resumed)
@@ -162,8 +167,29 @@ def _check_model(model: Any) -> None:
 
     if not isinstance(model, transformers.PreTrainedModel):
         what = f"a {type(model).__name__} is no model of transformers"
-        fix = "give the model itself; one with a PEFT adapter is trained by PEFT's own means, or merged first"
+        fix = "give the model itself, or a PEFT model of it"
         raise UserError("RG309", what, fix=fix)
+
+
+def _check_sharding(options: TrainOptions, adapter: Any | None) -> None:
+    """Raise RG303 or RG309 for weights that cannot be divided among processes."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":  # which accelerate ignores on processors
+        what = "the run was launched with weights that accelerate is to divide among processes"
+        raise UserError("RG309", what, fix="launch it without FSDP and DeepSpeed, and set fsdp to true")
+    if options.fsdp and processes.count() == 1:
+        what = "fsdp divides the weights among processes, and there is one"
+        raise UserError("RG303", what, fix="launch several with accelerate or torchrun, or set fsdp to false")
+    if options.fsdp and adapter is not None:
+        what = "an adapter with weights that are divided among processes"
+        raise UserError("RG309", what, fix="set fsdp to false, or train without an adapter")
+
+
+def _check_heads(model: Any, options: TrainOptions, adapter: Any | None) -> None:
+    """Raise RG309 for an objective with modules of its own where they have no place."""
+    if heads.present(model) and (options.fsdp or adapter is not None):
+        kind = "weights that are divided among processes" if options.fsdp else "an adapter"
+        what = f"an objective that trains modules of its own beside {kind}"
+        raise UserError("RG309", what, fix="set fsdp to false, and train the model itself")
 
 
 def clear(folder: Path) -> None:
@@ -177,7 +203,7 @@ def _claim(folder: Path, options: TrainOptions, examples: int | None, key: str) 
     """Make the folder this run's: checkpoints of another one in it are removed."""
     indifferent = {"logging_steps", "save_steps", "save_total_limit", "tensorboard", "dataloader_num_workers"}
     chosen = options.model_dump(mode="json", exclude=indifferent)
-    asked = {"options": chosen, "examples": examples, "key": key, "processes": _processes()}
+    asked = {"options": chosen, "examples": examples, "key": key, "processes": processes.count()}
     digest = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
     path = folder / RUN_FILE
     try:
@@ -191,22 +217,12 @@ def _claim(folder: Path, options: TrainOptions, examples: int | None, key: str) 
         raise UserError("RG405", what, where=str(folder), fix="name another folder") from None
 
 
-def _processes() -> int:
-    """How many processes this run has, by what launched it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _claim_together(folder: Path, options: TrainOptions, examples: int | None, key: str, device: str) -> None:
     """`_claim`, by the first of several processes; the others wait for it."""
-    if _processes() == 1:
+    everyone = processes.team(device)
+    if everyone.first:
         _claim(folder, options, examples, key)
-        return
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu")
-    if state.is_main_process:
-        _claim(folder, options, examples, key)
-    state.wait_for_everyone()
+    everyone.meet()
 
 
 def _need_accelerate(options: TrainOptions) -> None:

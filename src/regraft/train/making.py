@@ -59,12 +59,16 @@ class Work(Generic[O]):
 
 @dataclass
 class Made:
-    """What came out: the model, what was measured, remarks, and files that go beside the model (name -> text)."""
+    """What came out: the model, or an adapter for it (a PEFT model), what was measured, and remarks.
+
+    `files` go beside the model (name -> text).
+    """
 
     model: Any
     diagnostics: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    adapter: Any | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,7 @@ class Maker(Method, Generic[O]):
         data: "needed", "optional" or "none".
         sources: further data files that it may be given, by the key of a step, with what each is.
         same_tensors: whether, with these options, the result has the tensors of "model", by name and shape.
+        adapter: whether, with these options, the result is an adapter for "model".
     """
 
     run: Callable[[Work[O]], Made]
@@ -85,6 +90,7 @@ class Maker(Method, Generic[O]):
     data: str = "needed"
     sources: Mapping[str, str] = field(default_factory=dict)
     same_tensors: Callable[[Any], bool] = lambda options: True
+    adapter: Callable[[Any], bool] = lambda options: False
 
     def resolve(self, values: Mapping[str, Any], *, where: str = "") -> O:
         """Validated options.
@@ -170,6 +176,7 @@ def maker(
     data: str = "needed",
     sources: Mapping[str, str] | None = None,
     same_tensors: Callable[[Any], bool] = lambda options: True,
+    adapter: Callable[[Any], bool] = lambda options: False,
 ) -> Callable[[Callable[[Work[O]], Made]], Maker[O]]:
     """Register a maker under the function's name."""
 
@@ -187,6 +194,7 @@ def maker(
             data=data,
             sources=sources or {},
             same_tensors=same_tensors,
+            adapter=adapter,
         )
         register(made)
         return made

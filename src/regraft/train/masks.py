@@ -12,9 +12,14 @@ from torch import Tensor
 _MASK_OF = {"decoder": "decoder_attention_mask", "vision": ""}
 
 
+def mask_name(stack: str) -> str:
+    """The entry of a batch that says which positions of a stack are real; "" if all of them are."""
+    return _MASK_OF.get(stack, "attention_mask")
+
+
 def valid(batch: Mapping[str, Any], stack: str, hidden: Tensor) -> Tensor | None:
     """The mask (B, T) of valid positions for signals (B, T, width) of a stack; None if all of them are."""
-    name = _MASK_OF.get(stack, "attention_mask")
+    name = mask_name(stack)
     mask = batch.get(name) if name else None
     if not isinstance(mask, Tensor) or mask.shape != hidden.shape[:2]:
         return None

@@ -44,6 +44,9 @@ class TrainOptions(Options):
     )
     bf16: bool = Field(False, description="compute in bfloat16 where that is safe, weights stay in float32")
     gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
+    fsdp: bool = Field(
+        False, description="divide weights, gradients and moments among the processes that the run was launched in"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the order of the data and of everything that is drawn")
     shuffle: bool = Field(True, description="draw the order of the data anew for each epoch; streams keep theirs")
     drop_last: bool = Field(False, description="leave out the last examples of an epoch that fill no batch")

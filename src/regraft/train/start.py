@@ -89,11 +89,12 @@ def load_with_head(folder: Path, options: HeadOptions) -> Any:
     return load(folder, _HEADS[options.head], allow_missing=True, labels=names, seed=getattr(options, "seed", 0))
 
 
-def fit(work: Work[Any], begun: Start, objective: Objective) -> Made:
-    """Run the loop, and tell what it did."""
+def fit(work: Work[Any], begun: Start, objective: Objective, *, adapter: Any | None = None) -> Made:
+    """Run the loop, and tell what it did; with an adapter (a PEFT model of the model) it is what is trained."""
     result = train(
-        begun.model, objective, begun.data, chosen(work.options, TrainOptions),
+        begun.model if adapter is None else adapter, objective, begun.data, chosen(work.options, TrainOptions),
         folder=work.folder, key=work.key, device=work.device, tell=work.tell,
     )  # fmt: skip
     facts = {"steps": result.steps, "seconds": result.seconds, "history": result.history}
-    return Made(begun.model.cpu().to(begun.dtype), {"training": facts})
+    model = begun.model.cpu()
+    return Made(model.to(begun.dtype) if adapter is None else model, {"training": facts})

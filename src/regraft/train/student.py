@@ -71,6 +71,9 @@ def student_of(model: Any, options: SizeOptions, seed: int) -> Any:
         return _random(model, copy.deepcopy(model.config), seed)
     if len(modules_of(model).blocks) != 1:
         raise UserError("RG309", "another size of a model with several stacks of layers", fix="use init: weights")
+    if hasattr(model.config, "depths"):
+        what = f"another size of a {model.config.model_type} model, whose stages differ in width"
+        raise UserError("RG309", what, fix="use init: weights")
     config = copy.deepcopy(model.config)
     depth = config.num_hidden_layers
     layers = options.num_layers or depth

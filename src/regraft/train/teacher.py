@@ -12,14 +12,43 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from regraft.errors import UserError
+from regraft.methods import Options
 from regraft.train.feature_cache import FeatureCache
+from regraft.train.masks import mask_name
 from regraft.train.tap import Seen, Signal, look
 
 TEACHER = "teacher"  # the entry of a batch that only the teacher sees
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+class TeacherOptions(Options):
+    """Where a teacher computes."""
+
+    teacher_device: str | None = Field(
+        None, description="device of the teacher, such as cpu or cuda:1, if not the student's"
+    )
+
+
+def device_of(options: TeacherOptions) -> torch.device | None:
+    """The device that a teacher is wanted on; None for the student's.
+
+    Raises:
+        UserError: RG406 if torch does not know it, or cannot use it here.
+    """
+    if options.teacher_device is None:
+        return None
+    try:
+        device = torch.device(options.teacher_device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        what = f"device {options.teacher_device!r} cannot be used: {reason}"
+        raise UserError("RG406", what, fix="change teacher_device, or leave it out") from None
+    return device
 
 
 @dataclass
@@ -52,6 +81,8 @@ class Teacher:
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
         self._still()
+        if getattr(self.model.config, "use_cache", False):
+            self.model.config.use_cache = False  # keys and values of a pass are of no use after it
         if self.device is not None:
             self.model.to(self.device)
 
@@ -97,38 +128,39 @@ class Teacher:
             parts = {repr(signal): value for signal, value in seen.signals.items()}
             if seen.output.logits is not None:
                 parts["logits"] = seen.output.logits
+            masks = self._masks(inputs)
             for i, key in enumerate(keys):
                 if found[i] is None:
-                    self.cache.write(key, {name: _kept(value[i], inputs, i) for name, value in parts.items()})
+                    kept = {name: _kept(value[i], masks.get(name), i) for name, value in parts.items()}
+                    self.cache.write(key, kept)
             return seen
         rows = [one for one in found if one is not None]
-        whole = {name: torch.stack([_spread(row[name], inputs, i) for i, row in enumerate(rows)]) for name in rows[0]}
+        masks = self._masks(inputs)
+        whole = {
+            name: torch.stack([_spread(row[name], masks.get(name), i) for i, row in enumerate(rows)])
+            for name in rows[0]
+        }
         logits = whole.pop("logits", None)
         signals = {signal: whole[repr(signal)].to(home) for signal in self.signals}
         return Seen(self.model, Output(logits.to(home) if logits is not None else None), signals)
 
-
-def _valid(value_length: int, inputs: Mapping[str, Tensor], row: int) -> Tensor | None:
-    """The mask of valid positions of one example whose padded length is `value_length`; None if it has none."""
-    for name in _MASKS:
-        mask = inputs.get(name)
-        if mask is not None and mask.ndim == 2 and mask.shape[1] == value_length:
-            return mask[row].bool().cpu()
-    return None
+    def _masks(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which positions are real (B, T), by the name of what is kept; logits are about what the last stack reads."""
+        names = {repr(signal): mask_name(signal.stack) for signal in self.signals}
+        names["logits"] = "decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask"
+        return {name: inputs[mask].bool().cpu() for name, mask in names.items() if mask in inputs}
 
 
-def _kept(value: Tensor, inputs: Mapping[str, Tensor], row: int) -> Tensor:
+def _kept(value: Tensor, mask: Tensor | None, row: int) -> Tensor:
     """One example's part of an output (T, ...) without its padding."""
-    mask = _valid(value.shape[0], inputs, row) if value.ndim > 1 else None
-    return value.cpu() if mask is None else value.cpu()[mask]
+    padded = mask is not None and value.ndim > 1 and value.shape[0] == mask.shape[1]
+    return value.cpu()[mask[row]] if padded and mask is not None else value.cpu()
 
 
-def _spread(value: Tensor, inputs: Mapping[str, Tensor], row: int) -> Tensor:
+def _spread(value: Tensor, mask: Tensor | None, row: int) -> Tensor:
     """The inverse: zeros where padding was."""
-    for name in _MASKS:
-        mask = inputs.get(name)
-        if value.ndim > 1 and mask is not None and mask.ndim == 2 and int(mask[row].sum()) == value.shape[0]:
-            whole = value.new_zeros((mask.shape[1], *value.shape[1:]))
-            whole[mask[row].bool().cpu()] = value
-            return whole
-    return value
+    if mask is None or value.ndim < 2 or value.shape[0] != int(mask[row].sum()):
+        return value
+    whole = value.new_zeros((mask.shape[1], *value.shape[1:]))
+    whole[mask[row]] = value
+    return whole

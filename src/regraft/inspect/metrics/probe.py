@@ -46,7 +46,7 @@ from regraft.errors import UserError, nearest
 from regraft.inspect import answers as ask
 from regraft.inspect import images
 from regraft.inspect.intervals import wilson
-from regraft.inspect.loading import Loaded, context_length, load_model, load_tokenizer, tokenize
+from regraft.inspect.loading import Loaded, context_length, load_model, load_tokenizer, text_part, tokenize
 from regraft.inspect.metric import Answer, MetricOptions, Score, metric
 from regraft.inspect.rows import Row, group_of, read_rows
 
@@ -122,7 +122,7 @@ class _Session:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(ask.text_part(self.loaded))
+        return load_tokenizer(text_part(self.loaded))
 
     @cached_property
     def processor(self) -> Any:
@@ -231,13 +231,7 @@ class _Session:
             pictures = [images.picture(row, options.image, folder) for row in batch]
             pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         else:
-            channels = int(getattr(getattr(loaded.config, "vision_config", loaded.config), "num_channels", 3))
-            values = [images.pixel_values(row, options.pixel_values, channels) for row in batch]
-            for row, value in zip(batch, values, strict=True):
-                if value.shape != values[0].shape:
-                    what = f"the image is {tuple(value.shape)} and others are {tuple(values[0].shape)}"
-                    raise UserError("RG601", what, where=row.where, fix="give arrays of one shape")
-            pixels = torch.stack(values)
+            pixels = images.stacked(batch, options.pixel_values, loaded)
         return {"pixel_values": pixels.to(loaded.device, loaded.model.dtype)}
 
     def _prompt(self, row: Row, word: str, length: int) -> Tensor:

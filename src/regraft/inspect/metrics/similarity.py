@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 from torch.nn import functional
 
 from regraft.errors import UserError
+from regraft.inspect.embedding import embedder
 from regraft.inspect.intervals import bootstrap
-from regraft.inspect.loading import Loaded, context_length, load_model, load_tokenizer, tokenize, unused_missing
 from regraft.inspect.metric import MetricOptions, Score, metric
 from regraft.inspect.rows import Row, group_of, in_batches, read_rows
 
@@ -48,30 +46,17 @@ def _check(data: Path, options: SimilarityOptions) -> None:
 def similarity(model: Path, data: Path, options: SimilarityOptions) -> Score:
     """Raises RG601 for data, RG602 for models that cannot be used. Memory: one batch, and two numbers per pair."""
     _check(data, options)
-    loaded = load_model(model, "AutoModel", "sentence embedding", device=options.device, allow_missing=True)
-    tokenizer = load_tokenizer(loaded)
-    encoder = loaded.model.get_encoder() if loaded.config.is_encoder_decoder else loaded.model
-    _require_whole(loaded, encoder, tokenizer)
-    length = options.max_length or context_length(loaded, tokenizer)
+    embed = embedder(model, options, data, "sentence embedding")
     cosines: list[float] = []
     gold: list[float] = []
     groups: list[str | None] = []
-    cut = 0
     rows = read_rows(data, split=options.split, limit=options.limit)
-    with torch.inference_mode():
-        for batch in in_batches(rows, options.batch_size):
-            gold += [_gold(row, options.score) for row in batch]
-            groups += [group_of(row, options.group) for row in batch]
-            sides: list[Tensor] = []
-            for column in (options.sentence1, options.sentence2):
-                inputs, over = tokenize(loaded, tokenizer, [row.text(column) for row in batch], length)
-                cut += over
-                sides.append(_pool(encoder(**inputs).last_hidden_state, inputs["attention_mask"], options.pooling))
-            cosines += functional.cosine_similarity(sides[0], sides[1]).tolist()
+    for batch in in_batches(rows, options.batch_size):
+        gold += [_gold(row, options.score) for row in batch]
+        groups += [group_of(row, options.group) for row in batch]
+        sides = [embed(batch, "text", column) for column in (options.sentence1, options.sentence2)]
+        cosines += functional.cosine_similarity(sides[0], sides[1]).tolist()
     x, y = np.array(cosines), np.array(gold)
-    if not np.isfinite(x).all():
-        what = "the model's embeddings are not finite"
-        raise UserError("RG602", what, where=str(model), fix="check the model with: regraft inspect")
     if len(y) < 2 or (y == y[0]).all():
         what = f"{len(y)} pair(s) with one and the same gold score have no order"
         raise UserError("RG601", what, where=str(data), fix="give pairs with different scores")
@@ -81,7 +66,7 @@ def similarity(model: Path, data: Path, options: SimilarityOptions) -> Score:
         inside = names == name
         if inside.sum() > 1 and (y[inside] != y[inside][0]).any():
             per_group[name] = _correlation(x[inside], y[inside])
-    return _correlation(x, y, per_group=per_group, notes={"sentences_cut": cut})
+    return _correlation(x, y, per_group=per_group, notes={"sentences_cut": embed.cut})
 
 
 def spearman(x: Floats, y: Floats) -> float:
@@ -117,23 +102,3 @@ def _gold(row: Row, column: str) -> float:
     if not np.isfinite(number):
         raise UserError("RG601", f"{column!r} is {value!r}, not a number", where=row.where, fix="mend the row")
     return number
-
-
-def _pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """(B, T, D) hidden states -> (B, D)."""
-    if pooling == "first":
-        return states[:, 0].float()
-    weights = mask.unsqueeze(-1).float()
-    return (states.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
-
-
-def _require_whole(loaded: Loaded, encoder: Any, tokenizer: Any) -> None:
-    """Tensors may be missing only if embeddings do not depend on them, such as a pooler that is not used."""
-    if not loaded.missing:
-        return
-    inputs, _ = tokenize(loaded, tokenizer, ["a"], 8)
-    with torch.enable_grad():
-        whole = unused_missing(loaded, encoder(**inputs).last_hidden_state)
-    if not whole:
-        what = f"the checkpoint lacks weights of the encoder ({loaded.missing[0]}), which would be random"
-        raise UserError("RG602", what, where=str(loaded.folder), fix="evaluate a whole model")

@@ -43,10 +43,12 @@ from regraft.train.loop import train
 from regraft.train.making import Made, Work, chosen, maker
 from regraft.train.objective import Sum, Term
 from regraft.train.options import TrainOptions
-from regraft.train.teacher import Teacher
+from regraft.train.packing import check_cache
+from regraft.train.processes import rank
+from regraft.train.teacher import Teacher, TeacherOptions, device_of
 
 
-class PelaOptions(LowRankOptions, DataOptions, TrainOptions):
+class PelaOptions(LowRankOptions, DataOptions, TrainOptions, TeacherOptions):
     """Options of PELA; those of training are for the intermediate pre-training."""
 
     learning_rate: float = Field(1e-4, gt=0, le=10, description="the highest learning rate of AdamW")
@@ -110,7 +112,8 @@ def pela(work: Work[PelaOptions]) -> Made:
         moments = input_moments(original, [batches.collate(g, [0] * len(g)) for g in groups], names)
     made = factorise(student, low_rank, moments=moments)
     work.message(made.in_words())
-    cache = FeatureCache(work.folder / "features", work.key) if o.cache_teacher else None
+    check_cache(o.packing, o.cache_teacher)
+    cache = FeatureCache(work.folder / f"features-{rank()}", work.key) if o.cache_teacher else None
     terms: list[tuple[float, Term]] = [
         (task_weight, OwnLoss()),
         (o.feature_weight, Features(o.features)),
@@ -120,7 +123,7 @@ def pela(work: Work[PelaOptions]) -> Made:
     active = [(weight, term) for weight, term in terms if weight]
     if not active:
         raise UserError("RG303", "all weights of the loss are 0", fix="give one a value, or use compress: svd")
-    teacher = Teacher(original, cache=cache)
+    teacher = Teacher(original, device=device_of(o), cache=cache)
     result = train(
         student, Sum(batches.collate, active, teacher), data, chosen(o, TrainOptions),
         folder=work.folder, key=work.key, device=work.device, tell=work.tell,

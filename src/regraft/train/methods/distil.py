@@ -22,12 +22,14 @@ from regraft.resize.surgery import load
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.making import Made, Work, maker
 from regraft.train.objective import Sum, Term
+from regraft.train.packing import check_cache, check_packing
+from regraft.train.processes import rank
 from regraft.train.start import FitOptions, HeadOptions, fit, keeps_tensors, start
-from regraft.train.teacher import Teacher
+from regraft.train.teacher import Teacher, TeacherOptions, device_of
 from regraft.train.vocabulary import same_tokens
 
 
-class DistilOptions(FitOptions, HeadOptions):
+class DistilOptions(FitOptions, HeadOptions, TeacherOptions):
     """Options of distil."""
 
     logit_weight: float = Field(1.0, ge=0, description="of the logits")
@@ -59,6 +61,9 @@ def distil(work: Work[DistilOptions]) -> Made:
     if not active:
         raise UserError("RG303", "all weights of the loss are 0", fix="give one a value")
     same_tokens(work.models["model"], work.models["teacher"])
-    cache = FeatureCache(work.folder / "features", work.key) if o.cache_teacher else None
-    teacher = Teacher(load(work.models["teacher"]).float(), cache=cache)
+    check_cache(o.packing, o.cache_teacher)
+    cache = FeatureCache(work.folder / f"features-{rank()}", work.key) if o.cache_teacher else None
+    teacher = Teacher(load(work.models["teacher"]).float(), device=device_of(o), cache=cache)
+    if o.packing:
+        check_packing(teacher.model, who="the teacher")
     return fit(work, begun, Sum(begun.batches.collate, active, teacher))

@@ -26,11 +26,11 @@ from regraft.resize.surgery import load
 from regraft.train.making import Made, Work, maker
 from regraft.train.objective import Sum
 from regraft.train.start import FitOptions, fit, keeps_tensors, start
-from regraft.train.teacher import Teacher
+from regraft.train.teacher import Teacher, TeacherOptions, device_of
 from regraft.train.vocabulary import same_tokens
 
 
-class MinilmOptions(FitOptions):
+class MinilmOptions(FitOptions, TeacherOptions):
     """Options of minilm."""
 
     learning_rate: float = Field(5e-4, gt=0, le=10, description="the highest learning rate of AdamW")
@@ -68,7 +68,7 @@ def minilm(work: Work[MinilmOptions]) -> Made:
     o = work.options
     begun = start(work, labels=False)
     same_tokens(work.models["model"], work.models["teacher"])
-    teacher = Teacher(load(work.models["teacher"]).float())
+    teacher = Teacher(load(work.models["teacher"]).float(), device=device_of(o))
     term = MiniLM(o.relation, o.relation_heads, o.teacher_layer)
     made = fit(work, begun, Sum(begun.batches.collate, [(1.0, term)], teacher))
     made.warnings.append("the head, and the last layer behind its values, were not trained: fine-tune the student")

@@ -1,0 +1,221 @@
+"""Texts and images as vectors of a model, for metrics that look at what is near what.
+
+A vector is the model's own embedding where it has one for text and images alike (CLIP), else the mean of the last
+hidden states over tokens or positions, padding left out, or the state of the first one. Tensors may be missing from a
+checkpoint only if vectors do not depend on them, such as a pooler that is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from regraft.errors import UserError
+from regraft.inspect import images
+from regraft.inspect.loading import (
+    Loaded,
+    context_length,
+    forward,
+    load_model,
+    load_tokenizer,
+    text_part,
+    tokenize,
+    unused_missing,
+)
+from regraft.inspect.metric import MetricOptions
+from regraft.inspect.rows import Row, group_of, in_batches, read_rows
+
+KINDS = ("pixel_values", "image", "text")
+Floats = NDArray[np.float32]
+
+
+class EmbeddingOptions(MetricOptions):
+    """How inputs become vectors."""
+
+    text: str = Field("text", description="column with texts")
+    image: str = Field("image", description="column with images: file names, nested lists from 0 to 255, or images")
+    pixel_values: str = Field("pixel_values", description="column with arrays that go into the model as they are")
+    pooling: Literal["mean", "first"] = Field("mean", description="mean over tokens or positions, or the first one")
+    max_length: int | None = Field(None, ge=1, description="cut texts here; by default at what the model takes")
+
+
+def input_of(row: Row, options: EmbeddingOptions) -> str:
+    """Which of the columns pixel_values, image and text a row is embedded by.
+
+    Raises:
+        UserError: RG601 if it has none of them.
+    """
+    named = [kind for kind in KINDS if kind in options.model_fields_set]
+    for kind in named or [kind for kind in KINDS if getattr(options, kind) in row.values]:
+        row.get(getattr(options, kind))
+        return kind
+    fix = f"name one of the columns {', '.join(row.values)} by the option text, image or pixel_values"
+    raise UserError("RG601", "there is no input column (text, image or pixel_values)", where=row.where, fix=fix)
+
+
+@dataclass
+class Embedder:
+    """A model that gives vectors; made by `embedder`.
+
+    Attributes:
+        home: the folder that images are named relative to.
+        cut: how many texts were cut so far.
+    """
+
+    loaded: Loaded
+    pooling: str = "mean"
+    max_length: int | None = None
+    home: Path = Path()
+    cut: int = field(default=0, init=False)
+    _tokenizer: Any = field(default=None, init=False)
+    _processor: Any = field(default=None, init=False)
+    _checked: bool = field(default=False, init=False)
+
+    def __call__(self, rows: Sequence[Row], kind: str, column: str) -> Tensor:
+        """The vectors of a batch of rows, (B, D) in float32 on the CPU.
+
+        Args:
+            kind: "text", "image" or "pixel_values".
+            column: where the rows have it.
+
+        Raises:
+            UserError: RG601 for rows, RG602 for a model that has no such vectors or whose vectors are not finite.
+        """
+        inputs = self._texts(rows, column) if kind == "text" else self._pixels(rows, kind, column)
+        if not self._checked:
+            self._check(inputs)
+        with torch.inference_mode():
+            found = vectors(self.loaded, inputs, self.pooling).float().cpu()
+        if not torch.isfinite(found).all():
+            fix = "check the model with: regraft inspect --stats"
+            raise UserError("RG602", "the model's embeddings are not finite", where=str(self.loaded.folder), fix=fix)
+        return found
+
+    def _texts(self, rows: Sequence[Row], column: str) -> dict[str, Tensor]:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(text_part(self.loaded))
+        length = self.max_length or context_length(self.loaded, self._tokenizer)
+        inputs, over = tokenize(self.loaded, self._tokenizer, [row.text(column) for row in rows], length)
+        self.cut += over
+        return inputs
+
+    def _pixels(self, rows: Sequence[Row], kind: str, column: str) -> dict[str, Tensor]:
+        if kind == "image":
+            if self._processor is None:
+                self._processor = images.load_processor(self.loaded)
+            pictures = [images.picture(row, column, self.home) for row in rows]
+            pixels = self._processor(images=pictures, return_tensors="pt")["pixel_values"]
+        else:
+            pixels = images.stacked(rows, column, self.loaded)
+        return {"pixel_values": pixels.to(self.loaded.device, self.loaded.model.dtype)}
+
+    def _check(self, inputs: dict[str, Tensor]) -> None:
+        """On the first batch: what the checkpoint lacks must have no part in the vectors."""
+        self._checked = True
+        if not self.loaded.missing:
+            return
+        first = {name: value[:1] for name, value in inputs.items()}
+        with torch.enable_grad():
+            whole = unused_missing(self.loaded, vectors(self.loaded, first, self.pooling))
+        if not whole:
+            what = f"the checkpoint lacks weights of the encoder ({self.loaded.missing[0]}), which would be random"
+            raise UserError("RG602", what, where=str(self.loaded.folder), fix="evaluate a whole model")
+
+
+def embedder(model: Path, options: Any, data: Path, purpose: str = "embedding") -> Embedder:
+    """Open a model to embed the rows of some data.
+
+    Args:
+        options: has `device`, `pooling` and `max_length`.
+
+    Raises:
+        UserError: RG602 for a model that cannot be used, and what `load_config` raises.
+    """
+    loaded = load_model(model, "AutoModel", purpose, device=options.device, allow_missing=True)
+    return Embedder(loaded, options.pooling, options.max_length, data if data.is_dir() else data.parent)
+
+
+def vectors(loaded: Loaded, inputs: Any, pooling: str = "mean") -> Tensor:
+    """A batch of B inputs -> (B, D).
+
+    Raises:
+        UserError: RG602 if the model takes no such inputs.
+    """
+    model = loaded.model
+    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
+        text = "input_ids" in inputs
+        method: Callable[..., Any] = model.get_text_features if text else model.get_image_features
+        kept = ("input_ids", "attention_mask") if text else ("pixel_values",)
+        output = method(**{name: inputs[name] for name in kept if name in inputs})
+        pooled: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+        return pooled
+    encoder = model.get_encoder() if getattr(loaded.config, "is_encoder_decoder", False) else model
+    states: Tensor = forward(loaded, inputs, encoder).last_hidden_state
+    if states.ndim == 4:  # (B, D, H, W) of a convolutional network
+        return states.mean((2, 3))
+    if pooling == "first":
+        return states[:, 0]
+    mask = inputs.get("attention_mask")
+    weights = torch.ones(states.shape[:2], device=states.device) if mask is None else mask.float()
+    return (states.float() * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+
+
+def check_labelled(data: Path, options: Any) -> None:
+    """Raise what `labelled` would raise at the first row."""
+    first = next(read_rows(data, split=options.split, limit=1))
+    input_of(first, options)
+    first.get(options.label)
+    group_of(first, options.group)
+
+
+@dataclass
+class Labelled:
+    """Rows as vectors with their labels and groups."""
+
+    vectors: Floats
+    labels: list[str]
+    groups: list[str | None]
+
+
+def labelled(embed: Embedder, data: Path, options: Any, *, limit: int | None = None) -> Labelled:
+    """The rows of some data as vectors, with the labels that the column `options.label` has, in words.
+
+    Raises:
+        UserError: RG601 for rows without input or label; what the embedder raises.
+    """
+    found: list[Floats] = []
+    labels: list[str] = []
+    groups: list[str | None] = []
+    for batch in in_batches(read_rows(data, split=options.split, limit=limit), options.batch_size):
+        kind = input_of(batch[0], options)
+        found.append(embed(batch, kind, getattr(options, kind)).numpy())
+        labels += [label_of(row, options.label) for row in batch]
+        groups += [group_of(row, options.group) for row in batch]
+    return Labelled(np.concatenate(found), labels, groups)
+
+
+def label_of(row: Row, column: str) -> str:
+    """A label in words; numbers as whole numbers where they are, so that 1 and 1.0 are one class."""
+    value = row.get(column)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)
+
+
+def shares(right: Iterable[bool], groups: Sequence[str | None]) -> tuple[int, dict[str, tuple[int, int]]]:
+    """How many are right, and per group (right, n), groups in the order in which they appear."""
+    total, per_group = 0, {}
+    for one, group in zip(right, groups, strict=True):
+        total += bool(one)
+        if group is not None:
+            before = per_group.get(group, (0, 0))
+            per_group[group] = (before[0] + bool(one), before[1] + 1)
+    return total, per_group
