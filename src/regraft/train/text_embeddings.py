@@ -36,8 +36,15 @@ from regraft.checkpoint import open_checkpoint
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.paths import cache_folder, shown
 from regraft.errors import UserError
-from regraft.inspect.answers import text_part
-from regraft.inspect.loading import Loaded, context_length, device_of, load_tokenizer, tokenize, unused_missing
+from regraft.inspect.loading import (
+    Loaded,
+    context_length,
+    device_of,
+    load_tokenizer,
+    text_part,
+    tokenize,
+    unused_missing,
+)
 from regraft.resize.surgery import opened
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.tap import accepted
