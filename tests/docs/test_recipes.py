@@ -27,6 +27,7 @@ from regraft.merge.rule import Rule
 from regraft.methods import Options
 from regraft.recipe import EvaluateStep, MergeStep, load_recipe
 from regraft.recipe.run import run
+from tiny import save_masked
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("org/maths", "org/code", "org/instruct", "domain", "tuned")
@@ -102,6 +103,8 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "bert" / "test.jsonl", pairs)
     pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).tolist()
     write(root / "vit" / "test.jsonl", [{"pixel_values": p, "label": i} for i, p in enumerate(pixels)])
+    write(root / "vit" / "images.jsonl", [{"pixel_values": p} for p in pixels])
+    save_masked(root / "vit" / "org" / "mae", "vit_mae")
     return root
 
 

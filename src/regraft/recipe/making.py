@@ -66,9 +66,11 @@ class MakePlan:
 
     @property
     def bytes_out(self) -> int:
-        """At most: a model of the same size, and two checkpoints with two moments of every weight while it trains."""
+        """At most: a model of the same size, and two checkpoints with two moments of every weight while it trains; of
+        each run that is done, if there are several, one."""
         trains = "max_steps" in type(self.options).model_fields
-        return self.members["model"].checkpoint.bytes * (7 if trains else 1)
+        models = 1 + (3 + 3 * self.maker.runs(self.options) if trains else 0)
+        return self.members["model"].checkpoint.bytes * models
 
     def as_checkpoint(self) -> PlannedCheckpoint:
         """The output as later steps may plan with it; its tensors are known only if they are those of the model."""
@@ -177,7 +179,7 @@ def make(plan: MakePlan, out: Path, recipe: Recipe, settings: Settings, progress
         try:
             made = plan.maker.run(work)
         except BaseException:
-            if work_folder.exists() and not list(work_folder.glob("checkpoint-*")):
+            if work_folder.exists() and not list(work_folder.rglob("checkpoint-*")):
                 shutil.rmtree(work_folder)  # nothing to go on from
             raise
         dtype = next(made.model.parameters()).dtype

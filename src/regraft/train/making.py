@@ -72,12 +72,14 @@ class Maker(Method, Generic[O]):
         roles: the models that it takes besides "model", each with whether it is needed.
         data: "needed", "optional" or "none".
         same_tensors: whether, with these options, the result has the tensors of "model", by name and shape.
+        runs: how many runs of the loop these options ask for, at most; each leaves a checkpoint until all are done.
     """
 
     run: Callable[[Work[O]], Made]
     roles: Mapping[str, bool] = field(default_factory=dict)
     data: str = "needed"
     same_tensors: Callable[[Any], bool] = lambda options: True
+    runs: Callable[[Any], int] = lambda options: 1
 
     def resolve(self, values: Mapping[str, Any], *, where: str = "") -> O:
         """Validated options.
@@ -147,6 +149,7 @@ def maker(
     roles: Mapping[str, bool] | None = None,
     data: str = "needed",
     same_tensors: Callable[[Any], bool] = lambda options: True,
+    runs: Callable[[Any], int] = lambda options: 1,
 ) -> Callable[[Callable[[Work[O]], Made]], Maker[O]]:
     """Register a maker under the function's name."""
 
@@ -162,6 +165,7 @@ def maker(
             roles=roles or {},
             data=data,
             same_tensors=same_tensors,
+            runs=runs,
         )
         register(made)
         return made

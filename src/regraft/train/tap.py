@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from regraft.axes.module_map import ModuleMap, modules_of
 from regraft.errors import UserError
 
-KINDS = ("block", "block_input", "query", "key", "value")
+KINDS = ("last", "block", "block_input", "query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Signal:
     """One thing to look at.
 
     Attributes:
-        kind: "block" and "block_input" (hidden states behind and before a block, (B, T, width)), or "query", "key",
-            "value" (what the projection of self-attention gives, with bias, before heads and rotation, (B, T, width)).
+        kind: all of them (B, T, width): "last" (the base model's last hidden state, behind its last norm), "block" and
+            "block_input" (hidden states behind and before a block), or "query", "key", "value" (what the projection of
+            self-attention gives, with bias, before heads and rotation).
         stack: "" for the only stack, else "encoder", "decoder", "text", "vision".
         block: number of the block; negative numbers count from the last one.
     """
@@ -38,6 +39,9 @@ class Signal:
     kind: str
     stack: str = ""
     block: int = -1
+
+
+LAST = Signal("last")
 
 
 @dataclass
@@ -112,10 +116,8 @@ def tapped(model: nn.Module, signals: Sequence[Signal], into: dict[Signal, Tenso
     """Within the context, each pass of the model enters its signals in `into`."""
     handles: list[Any] = []
     try:
-        if signals:
-            roles = _roles(model)
-            for signal in signals:
-                handles.append(_hook(model, roles, signal, into))
+        for signal in signals:
+            handles.append(_behind_all(model, signal, into) if signal.kind == "last" else _hook(model, signal, into))
         yield
     finally:
         for handle in handles:
@@ -134,7 +136,21 @@ def _roles(model: nn.Module) -> ModuleMap:
     return known[1]
 
 
-def _hook(model: nn.Module, roles: ModuleMap, signal: Signal, into: dict[Signal, Tensor]) -> Any:
+def _behind_all(model: Any, signal: Signal, into: dict[Signal, Tensor]) -> Any:
+    """No table is needed for what the base model gives."""
+
+    def behind(module: nn.Module, args: Any, output: Any) -> None:
+        state = getattr(output, "last_hidden_state", None)
+        if state is None:
+            what = f"a {type(module).__name__} gives no hidden states"
+            raise UserError("RG309", what, fix="take a model of one stack of layers")
+        into[signal] = state
+
+    return model.base_model.register_forward_hook(behind)
+
+
+def _hook(model: nn.Module, signal: Signal, into: dict[Signal, Tensor]) -> Any:
+    roles = _roles(model)
     blocks = roles.blocks.get(signal.stack)
     if blocks is None or not -len(blocks) <= signal.block < len(blocks):
         there = ", ".join(f"{len(b)} in {s or 'its stack'}" for s, b in roles.blocks.items())
