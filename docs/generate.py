@@ -150,9 +150,10 @@ def own_recipe(method: Method) -> str:
 
 def _making_recipe(maker: Maker[Any]) -> str:
     """A recipe that runs one method, with what is needed and a short training."""
-    lines = ["models:", "  base: org/base", *(["  expert: org/maths"] if maker.roles else [])]
+    roles = [role for role, needed in maker.roles.items() if needed]
+    lines = ["models:", "  base: org/base", *(["  expert: org/maths"] if roles else [])]
     lines += ["steps:", "  made:", f"    {maker.room}: {maker.name}", "    model: base"]
-    lines += [f"    {role}: expert" for role in maker.roles]
+    lines += [f"    {role}: expert" for role in roles]
     lines += [f"    {key}: {file}" for key, file in _example_data(maker).items()]
     if "max_steps" in maker.options.model_fields:
         lines += ["    max_steps: 2", "    per_device_train_batch_size: 4", "    warmup_ratio: 0.1"]
@@ -295,7 +296,7 @@ def _python_metric(metric: Metric[Any]) -> str:
 
 
 def _python_maker(maker: Maker[Any]) -> str:
-    arguments = ['"org/base"', *(f'{role}="org/maths"' for role in maker.roles)]
+    arguments = ['"org/base"', *(f'{role}="org/maths"' for role, needed in maker.roles.items() if needed)]
     arguments += [f'{key}="{file}"' for key, file in _example_data(maker).items()]
     arguments += ['folder="checkpoints"', *(["max_steps=2"] if "max_steps" in maker.options.model_fields else [])]
     home = "regraft.resize.methods" if maker.room == "compress" else "regraft.train.methods"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from tokenizers.processors import TemplateProcessing
 
 from farm_tools import write_tokenizer
 from models import VOCAB, save_model
@@ -97,3 +98,35 @@ def output_of(model: Any, family: str) -> torch.Tensor:
     with torch.no_grad():
         output = model.eval()(**inputs_of(family))
     return output.logits_per_image if family == "clip" else output.logits
+
+
+def masked_images(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A model that guesses hidden patches of images of 8 x 8 pixels: of 16 patches, "swin" of 16 as well."""
+    torch.manual_seed(seed)
+    image = {"image_size": 8, "patch_size": 2, "num_channels": 1}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if family == "vit_mae":
+        decoder = {"decoder_hidden_size": 16, "decoder_intermediate_size": 32, "decoder_num_hidden_layers": 1}
+        config = hf.ViTMAEConfig(**sizes, **decoder, decoder_num_attention_heads=2, **image, **changes)
+        return hf.ViTMAEForPreTraining(config).eval()
+    if family == "swin":
+        config = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "encoder_stride": 4}
+        return hf.SwinForMaskedImageModeling(hf.SwinConfig(**image, **config | changes)).eval()
+    kind = {"vit": (hf.ViTConfig, hf.ViTForMaskedImageModeling), "deit": (hf.DeiTConfig, hf.DeiTForMaskedImageModeling)}
+    config_class, model_class = kind[family]
+    return model_class(config_class(**sizes, **image, **{"encoder_stride": 2} | changes)).eval()
+
+
+def save_masked(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
+    masked_images(family, seed, **changes).save_pretrained(folder)
+    return folder
+
+
+def begin_with_cls(folder: Path) -> Path:
+    """Have a model's tokenizer put a token before each text, as those of BERT do."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.cls_token = "[BOS]"
+    first = [("[BOS]", tokenizer.cls_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[BOS] $A", special_tokens=first)
+    tokenizer.save_pretrained(folder)
+    return folder

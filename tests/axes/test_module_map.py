@@ -26,6 +26,9 @@ def more(family: str) -> Any:
         return hf.SwinForImageClassification(hf.SwinConfig(depths=[2, 2], num_heads=[2, 4], window_size=4, **sizes))
     if family == "deit":
         return hf.DeiTForImageClassification(hf.DeiTConfig(**VISION, **IMAGE))
+    if family == "vit_mae":
+        decoder = {f"decoder_{name}": value for name, value in VISION.items()}
+        return hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**VISION, **decoder, **IMAGE))
     if family == "bert-classes":
         sizes = VISION | {"vocab_size": 40, "max_position_embeddings": 16}
         return hf.BertForSequenceClassification(hf.BertConfig(**sizes, is_decoder=True, add_cross_attention=True))
@@ -43,7 +46,7 @@ def more(family: str) -> Any:
     return model(family)
 
 
-ALL = (*FAMILIES, "swin", "deit", "bert-classes", "gpt2-cross", "clip-text", "clip-vision", "t5-gated")
+ALL = (*FAMILIES, "swin", "deit", "vit_mae", "bert-classes", "gpt2-cross", "clip-text", "clip-vision", "t5-gated")
 
 
 def linear(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from regraft.merge.rule import Rule
 from regraft.methods import Options
 from regraft.recipe import EvaluateStep, MergeStep, load_recipe
 from regraft.recipe.run import run
-from tiny import add_tokenizer
+from tiny import add_tokenizer, save_masked
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("org/maths", "org/code", "org/instruct", "domain", "tuned")
@@ -128,6 +128,7 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(
             root / "topics" / f"{name}.jsonl", [{"text": w, "label": ("no", "yes")[i % 2]} for i, w in enumerate(own)]
         )
+    save_masked(root / "vit" / "org" / "mae", "vit_mae")
     return root
 
 

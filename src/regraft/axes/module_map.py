@@ -99,6 +99,11 @@ class ModuleMap:
         return stack in self._table.causal
 
     @property
+    def first_token(self) -> bool:
+        """Whether images begin with a token that stands for the whole."""
+        return self._table.first_token
+
+    @property
     def head_dim(self) -> str:
         """The attribute of attention modules that says how wide a head is."""
         return self._table.head_dim

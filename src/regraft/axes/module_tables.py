@@ -22,6 +22,7 @@ class ModuleTable:
         causal: stacks whose positions attend only to those before them.
         head_dim: attribute of attention modules with the width of one head.
         ffn_size: key of the configuration with the width of feed-forward parts.
+        first_token: whether images begin with a token that stands for the whole. (Texts do if the tokenizer puts one.)
     """
 
     blocks: Mapping[str, str]
@@ -31,6 +32,7 @@ class ModuleTable:
     causal: tuple[str, ...] = ()
     head_dim: str = "head_dim"
     ffn_size: str = "intermediate_size"
+    first_token: bool = False
 
 
 def _projections(path: str, query: str, key: str, value: str, output: str, kind: str = "attention") -> dict[str, str]:
@@ -179,6 +181,16 @@ VIT = ModuleTable(
         **_HEADS,
     },
     prefixes=("vit.", "deit."),
+    first_token=True,
+)
+# The decoder of a masked auto-encoder is thrown away after pre-training: all of it is head.
+VIT_MAE = replace(
+    VIT,
+    outside={
+        **VIT.outside,
+        **dict.fromkeys(("decoder.decoder_embed", "decoder.decoder_pred", "decoder.decoder_norm"), ("head", "")),
+        **{f"decoder.decoder_layers.*.{path}": ("head", "") for path in _VISION_LAYER},
+    },
 )
 SWIN = ModuleTable(
     blocks={"": "encoder.layers.*.blocks.*"},
@@ -248,6 +260,7 @@ MODULES: dict[str, ModuleTable] = {
     "t5": T5,
     "vit": VIT,
     "deit": VIT,
+    "vit_mae": VIT_MAE,
     "swin": SWIN,
     "clip": CLIP,
     "clip_text_model": CLIP_TEXT,

@@ -71,9 +71,11 @@ class MakePlan:
 
     @property
     def bytes_out(self) -> int:
-        """At most: a model of the same size, and two checkpoints with two moments of every weight while it trains."""
+        """At most: a model of the same size, and two checkpoints with two moments of every weight while it trains; of
+        each run that is done, if there are several, one."""
         trains = "max_steps" in type(self.options).model_fields
-        return self.members["model"].checkpoint.bytes * (7 if trains else 1)
+        models = 1 + (3 + 3 * self.maker.runs(self.options) if trains else 0)
+        return self.members["model"].checkpoint.bytes * models
 
     @property
     def makes_adapter(self) -> bool:

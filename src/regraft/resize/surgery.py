@@ -28,6 +28,8 @@ from regraft.resize.low_rank import LowRankLinear, folded, is_linear, low_rank_l
 
 KEY = "regraft"
 MODEL_TYPE = "regraft"
+# Families whose encoders are those of another family, which has the classifiers.
+_CLASSIFIERS = {"vit_mae": "vit"}
 
 
 def surgeries_of(config: Any) -> list[dict[str, Any]]:
@@ -131,6 +133,8 @@ def opened(
     stored = read_json(folder / "config.json")
     surgeries = surgeries_of(stored)
     plain = stock_config(stored)
+    if auto_class == "AutoModelForImageClassification":
+        plain["model_type"] = _CLASSIFIERS.get(str(plain.get("model_type")), plain.get("model_type"))
     if labels is not None:
         numbers = {name: number for number, name in labels.items()}
         plain |= {"id2label": dict(labels), "label2id": numbers, "problem_type": "single_label_classification"}

@@ -1,4 +1,4 @@
-"""Batches for what a model is: masked or next tokens, texts for texts, classes of texts or images, images with texts.
+"""Batches for what a model is: masked or next tokens, hidden patches, texts for texts, classes, images with texts.
 
 `batches_for` looks at the model's architecture and at the first example, and gives the function that turns examples
 into a batch, labels included where the model has a loss of its own and the data has what that needs. Which tokens are
@@ -21,6 +21,7 @@ from regraft.inspect import images
 from regraft.inspect.loading import Loaded, context_length, load_tokenizer, text_part
 from regraft.inspect.rows import Row
 from regraft.methods import Options
+from regraft.train.masked_images import guesses_patches, hiding, is_auto_encoder
 from regraft.train.order import generator
 from regraft.train.packing import check_packing, packed
 from regraft.train.tap import accepted
@@ -45,6 +46,14 @@ class DataOptions(Options):
         False, description="join the texts of a pass into one row without padding, for causal language models"
     )
     mask_probability: float = Field(0.15, gt=0, lt=1, description="share of tokens that masked models have to guess")
+    mask_ratio: float | None = Field(
+        None, gt=0, lt=1,
+        description="share of patches that masked image models have to guess; as configured, or 0.6, if not given",
+    )  # fmt: skip
+    norm_pix_loss: bool | None = Field(
+        None,
+        description="whether masked auto-encoders guess patches of mean 0 and variance 1; as configured if not given",
+    )
     split: str | None = Field(None, description="split to take from a folder that holds several")
     limit: int | None = Field(None, ge=1, description="use only this many rows, from the start")
     stream: bool = Field(False, description="read the data row by row, in its order; needs max_steps")
@@ -56,14 +65,16 @@ class Batches:
 
     Attributes:
         collate: examples and seeds -> batch.
-        kind: "masked", "causal", "packed", "text to text", "text classes", "image classes", "pairs", "texts" or
-            "images".
+        kind: "masked", "causal", "packed", "text to text", "text classes", "masked images", "image classes", "pairs",
+            "texts" or "images".
         has_loss: whether the batches hold what the model's own loss needs.
+        tokenizer: of models that read texts.
     """
 
     collate: Callable[[Sequence[Mapping[str, Any]], Sequence[int]], dict[str, Any]]
     kind: str
     has_loss: bool
+    tokenizer: Any = None
 
 
 def batches_for(
@@ -86,7 +97,8 @@ def batches_for(
         labels: make what the model's own loss needs; without it inputs come as they are, unmasked.
 
     Raises:
-        UserError: RG601 for columns that are missing, RG602 for a tokenizer or processor that is.
+        UserError: RG601 for columns that are missing, RG602 for a tokenizer or processor that is, RG303 for options
+            about hidden patches of a model that guesses none, and what `regraft.train.masked_images.hiding` raises.
     """
     o = options or DataOptions()
     loaded = Loaded(model, model.config, folder, torch.device("cpu"))
@@ -99,6 +111,11 @@ def batches_for(
         what = f"texts are packed for the own loss of causal language models, and this is a {name}"
         raise UserError("RG309", what, fix="set packing to false")
     pixels = _pixels(loaded, example, o, home) if sees else None
+    if pixels is not None and guesses_patches(model) and (labels or is_auto_encoder(model)):
+        return Batches(hiding(model, pixels, o.mask_ratio, o.norm_pix_loss), "masked images", labels)
+    if labels and (o.mask_ratio is not None or o.norm_pix_loss is not None):
+        given = "mask_ratio" if o.mask_ratio is not None else "norm_pix_loss"
+        raise UserError("RG303", f"a {type(model).__name__} guesses no patches of images", fix=f"leave out {given}")
     if sees and reads:
         return Batches(_pairs(_Texts(loaded, o), pixels, labels), "pairs", labels and "return_loss" in takes)
     if sees:
@@ -116,14 +133,15 @@ def batches_for(
         column = o.target if _has(example, o.target) else o.text
         return Batches(_text_to_text(model, texts, column, has_loss), "text to text", has_loss)
     if labels and "MaskedLM" in name:
-        return Batches(_masked(texts, o.mask_probability), "masked", True)
+        return Batches(_masked(texts, o.mask_probability), "masked", True, texts.tokenizer)
     if labels and o.packing:
         check_packing(model)
-        return Batches(_packed(texts), "packed", True)
+        return Batches(_packed(texts), "packed", True, texts.tokenizer)
     if labels and causal:
-        return Batches(_causal(texts), "causal", True)
+        return Batches(_causal(texts), "causal", True, texts.tokenizer)
     has_loss = labels and "SequenceClassification" in name and _has(example, o.label)
-    return Batches(_classes(model, texts, o if has_loss else None), "text classes" if has_loss else "texts", has_loss)
+    kind = "text classes" if has_loss else "texts"
+    return Batches(_classes(model, texts, o if has_loss else None), kind, has_loss, texts.tokenizer)
 
 
 class _Texts:

@@ -82,6 +82,7 @@ class Maker(Method, Generic[O]):
         sources: further data files that it may be given, by the key of a step, with what each is.
         same_tensors: whether, with these options, the result has the tensors of "model", by name and shape.
         adapter: whether, with these options, the result is an adapter for "model".
+        runs: how many runs of the loop these options ask for, at most; each leaves a checkpoint until all are done.
     """
 
     run: Callable[[Work[O]], Made]
@@ -91,6 +92,7 @@ class Maker(Method, Generic[O]):
     sources: Mapping[str, str] = field(default_factory=dict)
     same_tensors: Callable[[Any], bool] = lambda options: True
     adapter: Callable[[Any], bool] = lambda options: False
+    runs: Callable[[Any], int] = lambda options: 1
 
     def resolve(self, values: Mapping[str, Any], *, where: str = "") -> O:
         """Validated options.
@@ -177,6 +179,7 @@ def maker(
     sources: Mapping[str, str] | None = None,
     same_tensors: Callable[[Any], bool] = lambda options: True,
     adapter: Callable[[Any], bool] = lambda options: False,
+    runs: Callable[[Any], int] = lambda options: 1,
 ) -> Callable[[Callable[[Work[O]], Made]], Maker[O]]:
     """Register a maker under the function's name."""
 
@@ -195,6 +198,7 @@ def maker(
             sources=sources or {},
             same_tensors=same_tensors,
             adapter=adapter,
+            runs=runs,
         )
         register(made)
         return made

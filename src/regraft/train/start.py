@@ -65,7 +65,8 @@ def start(work: Work[Any], *, labels: bool = True) -> Start:
     assert work.data is not None
     folder = work.models["model"]
     model = load_with_head(folder, o) if isinstance(o, HeadOptions) else load(folder)
-    model = student_of(model, chosen(o, SizeOptions), o.seed)
+    if isinstance(o, SizeOptions):
+        model = student_of(model, chosen(o, SizeOptions), o.seed)
     dtype = model.dtype
     model.float()
     data = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)

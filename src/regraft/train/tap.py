@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from regraft.axes.module_map import ModuleMap, classifier_of, modules_of
 from regraft.errors import UserError
 
-KINDS = ("block", "block_input", "query", "key", "value", "features")
+KINDS = ("last", "block", "block_input", "query", "key", "value", "features")
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Signal:
     """One thing to look at.
 
     Attributes:
-        kind: "block" and "block_input" (hidden states behind and before a block, (B, T, width)), or "query", "key",
-            "value" (what the projection of self-attention gives, with bias, before heads and rotation, (B, T, width)),
-            "features" (what goes into the head of a classifier; of a model of any family, whatever stack and block).
+        kind: all but the last of them (B, T, width): "last" (the base model's last hidden state, behind its last norm),
+            "block" and "block_input" (hidden states behind and before a block), "query", "key", "value" (what the
+            projection of self-attention gives, with bias, before heads and rotation), or "features" (what goes into the
+            head of a classifier; like "last" of a model of any family, whatever stack and block).
         stack: "" for the only stack, else "encoder", "decoder", "text", "vision".
         block: number of the block; negative numbers count from the last one.
     """
@@ -39,6 +40,9 @@ class Signal:
     kind: str
     stack: str = ""
     block: int = -1
+
+
+LAST = Signal("last")
 
 
 @dataclass
@@ -114,7 +118,7 @@ def tapped(model: nn.Module, signals: Sequence[Signal], into: dict[Signal, Tenso
     handles: list[Any] = []
     try:
         for signal in signals:
-            handles.append(_hook(model, signal, into))
+            handles.append(_behind_all(model, signal, into) if signal.kind == "last" else _hook(model, signal, into))
         yield
     finally:
         for handle in handles:
@@ -131,6 +135,19 @@ def _roles(model: nn.Module) -> ModuleMap:
     if known is None or known[0] != count:
         known = _READ[model] = (count, modules_of(model))
     return known[1]
+
+
+def _behind_all(model: Any, signal: Signal, into: dict[Signal, Tensor]) -> Any:
+    """No table is needed for what the base model gives."""
+
+    def behind(module: nn.Module, args: Any, output: Any) -> None:
+        state = getattr(output, "last_hidden_state", None)
+        if state is None:
+            what = f"a {type(module).__name__} gives no hidden states"
+            raise UserError("RG309", what, fix="take a model of one stack of layers")
+        into[signal] = state
+
+    return model.base_model.register_forward_hook(behind)
 
 
 def _hook(model: nn.Module, signal: Signal, into: dict[Signal, Tensor]) -> Any:

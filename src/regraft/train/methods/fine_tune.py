@@ -1,9 +1,10 @@
-"""Go on training with the model's own loss: masked tokens, next tokens, classes, or pairs of images and texts.
+"""Go on training with the model's own loss: masked or next tokens, hidden patches, classes, or images with texts.
 
-What the model is decides what is learnt. A causal or masked language model goes on with its pre-training on `data`; an
-encoder-decoder learns to write the column `target` for the column `text`; a classifier learns the labels of `data`; a
-model with two towers learns which image belongs to which text. With `head: sequence_classification` (or
-`image_classification`) and `labels` the model gets a new head first.
+What the model is decides what is learnt. A causal or masked language model goes on with its pre-training on `data`, as
+does one that guesses hidden patches of images (ViT-MAE, or ViT, DeiT and Swin with a mask token); an encoder-decoder
+learns to write the column `target` for the column `text`; a classifier learns the labels of `data`; a model with two
+towers learns which image belongs to which text. With `head: sequence_classification` (or `image_classification`) and
+`labels` the model gets a new head first.
 
 Any model that regraft loads can be trained, low-rank ones included; they stay low-rank.
 
