@@ -77,7 +77,7 @@ def test_classes_of_two_models_are_matched_by_name() -> None:
     term.prepare(student, teacher)
     one, two = look(student, batch), look(teacher, batch)
     p, q = (softmax(x.detach().double().numpy()) for x in (two.output.logits[:, [1, 2, 0]], one.output.logits))
-    assert float(term(one, batch, two)) == pytest.approx(((kl(p, q) + kl(q, p)) / 2).mean(), rel=1e-4)
+    assert float(term(one, batch, two).detach()) == pytest.approx(((kl(p, q) + kl(q, p)) / 2).mean(), rel=1e-4)
     assert same_classes(student.config, student.config) is None
     assert same_classes(student.config, model("vit", num_labels=3).config) is None  # LABEL_0 says nothing
     with pytest.raises(UserError, match="the student does not know 'emu' of the teacher"):

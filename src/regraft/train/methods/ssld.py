@@ -134,7 +134,8 @@ def ssld(work: Work[SsldOptions]) -> Made:
     teacher = Teacher(original, cache=cache, batch_statistics=o.teacher_batch_norm == "batch")
     collate = seen_by_both(begun.batches.collate, theirs.collate if theirs else None, chosen(o, AugmentOptions))
     objective = Sum(collate, [(1.0, term)], teacher)
-    selection, warnings = None, []
+    selection: Selection | None = None
+    warnings: list[str] = []
     data: Any = begun.data
     if "unlabelled" in work.sources:
         pool = _pool(work, "unlabelled")
