@@ -23,7 +23,7 @@ def read_make(body: Field, verb: str, names: Names, seed: int) -> MakeStep:
     maker = method(verb, items[verb].text("a method"), where=items[verb].where)
     reader = OptionReader(maker)
     body.check_keys([verb, *MAKE_KEYS, *maker.roles, *reader.names], f"a step with {verb}: {maker.name}")
-    models = {}
+    models: dict[str, str] = {}
     for role in ("model", *maker.roles):
         if role in items and role in maker.several and items[role].is_list:
             models |= _several(items[role], role, names)
