@@ -222,7 +222,8 @@ def _open(work: Work[TransferOptions]) -> _Pair:
     former = copy.deepcopy(student)
     try_out(Source(Teacher(former), batches.collate), example, "student")
     _check_batch_norm(student, o, None if o.stream else len(data))
-    rows, measured = data, []
+    rows: Any = data
+    measured: Sequence[Mapping[str, Any]] = []
     if not o.stream and not tokens:
         rows, measured = _divided(data, o)
     return _Pair(student, former, batches, teachers, rows, measured, dtype)
