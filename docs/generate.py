@@ -299,6 +299,9 @@ def _python_maker(maker: Maker[Any]) -> str:
     arguments = ['"org/base"', *(f'{role}="org/maths"' for role, needed in maker.roles.items() if needed)]
     arguments += [f'{key}="{file}"' for key, file in _example_data(maker).items()]
     arguments += ['folder="checkpoints"', *(["max_steps=2"] if "max_steps" in maker.options.model_fields else [])]
+    batch = maker.options.model_fields.get("per_device_train_batch_size")
+    if batch is not None and batch.default > 8:  # more than the example's data fills
+        arguments.append("per_device_train_batch_size=4")
     home = "regraft.resize.methods" if maker.room == "compress" else "regraft.train.methods"
     call = f"made = {maker.name}({', '.join(arguments)})"
     code = f"from {home}.{maker.name} import {maker.name}\n\n{call}\nprint(made.diagnostics)"

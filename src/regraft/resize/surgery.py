@@ -143,8 +143,10 @@ def opened(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if surgeries:
-            return _with_surgeries(kind, config, surgeries, folder, _dtype(plain))
-        return _stock(kind, config, folder, _dtype(plain), other_head=labels is not None)
+            model, missing = _with_surgeries(kind, config, surgeries, folder, _dtype(plain))
+        else:
+            model, missing = _stock(kind, config, folder, _dtype(plain), other_head=labels is not None)
+    return model, missing
 
 
 def export(model: Any) -> Any:

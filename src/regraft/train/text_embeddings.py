@@ -177,10 +177,11 @@ class TextEncoder:
         mask = inputs["attention_mask"]
         if self.pooling == "own" and self._own == "features":
             found = self._loaded.model.get_text_features(input_ids=inputs["input_ids"], attention_mask=mask)
-            return (found if isinstance(found, Tensor) else found.pooler_output).float()
+            embedded: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+            return embedded.float()
         output = self._run(inputs)
         if self.pooling == "own":
-            embedded: Tensor = getattr(output, self._own)
+            embedded = getattr(output, self._own)
             return embedded.float()
         states: Tensor = output.last_hidden_state.float()  # (n, T, D)
         if self.pooling == "first":
