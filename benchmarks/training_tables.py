@@ -29,13 +29,15 @@ def latency(path: Path) -> str:
         cells = [
             row["model"],
             str(row["batch"]),
-            *(f"{share:.0%}" for share in shares),
+            *map(_percent, shares),
             f"{before:.3g}",
             f"{after:.3g}",
         ]
-        lines.append("| " + " | ".join([*cells, f"**{row['wall_share']:.0%}**", f"{row['cpu_share']:.0%}"]) + " |")
+        lines.append(
+            "| " + " | ".join([*cells, f"**{_percent(row['wall_share'])}**", _percent(row["cpu_share"])]) + " |"
+        )
     worst, limit = max(row["wall_share"] for row in results["rows"]), results["settings"]["limit"]
-    verdict = f"At most {limit:.0%} is the aim; the largest share here is {worst:.0%}."
+    verdict = f"At most {_percent(limit)} is the aim; the largest share here is {_percent(worst)}."
     return "\n".join([*lines, "", f"{verdict} {_how(results)}"])
 
 
@@ -52,6 +54,10 @@ def overhead(path: Path) -> str:
         ratios = [_spread(row[name]) for name in ("processor", "clock")]
         lines.append("| " + " | ".join([row["model"], str(row["steps"]), *ratios]) + " |")
     return "\n".join([*lines, "", _how(results)])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _spread(ratios: list[float]) -> str:
@@ -100,7 +106,7 @@ def minilm(path: Path) -> str:
         if cost is not None:
             shares = [cost["flops"], *(cost["seconds"][size] for size in (str(cost["batch"]), "1"))]
             cells = [f"{cost['parameters']['after'] / 1e6:.1f} M"]
-            cells += [f"{100 * share['after'] / share['before']:.0f} %" for share in shares]
+            cells += [_percent(share["after"] / share["before"]) for share in shares]
         lines.append("| " + " | ".join([words, *scores, *cells]) + " |")
     threads, size = results["threads"], models["small"]["cost"]["batch"]
     how = (

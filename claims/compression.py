@@ -158,7 +158,7 @@ class _Digits(Setting):
 
 class Vision(_Digits):
     def __init__(self, seed: int, scale: str) -> None:
-        size = Size(50, 100, 4) if scale == "laptop" else Size(2, 1, 1)
+        size = Size(40, 80, 4) if scale == "laptop" else Size(2, 1, 1)
         super().__init__(vision.digits_vit(seed=seed, scale=scale), seed, scale, size)
 
     def pretraining_batch(self, draw: int) -> Batch:
@@ -179,7 +179,7 @@ class Vision(_Digits):
 
 class Pairs(_Digits):
     def __init__(self, seed: int, scale: str) -> None:
-        size = Size(50, 100, 4) if scale == "laptop" else Size(2, 1, 1)
+        size = Size(40, 80, 4) if scale == "laptop" else Size(2, 1, 1)
         super().__init__(zoo.digits_clip(seed=seed, scale=scale), seed, scale, size)
         tokenizer = text.tokenizer_of(self.base)
         skills = zoo.PAIR_SKILLS
@@ -213,7 +213,7 @@ class Text(Setting):
     length, labelled, batch = 32, 300, 16
 
     def __init__(self, seed: int, scale: str) -> None:
-        size = Size(50, 100, 1200) if scale == "laptop" else Size(2, 1, 12)
+        size = Size(40, 80, 1200) if scale == "laptop" else Size(2, 1, 12)
         super().__init__(text.decoder(seed=seed, scale=scale), seed, size)
         self.tokenizer = text.tokenizer_of(self.base)
         self.seen = text.ids(self.base, False, seed, scale)[0]
