@@ -130,6 +130,8 @@ def make_models(
                 say(f"{one.name}, seed {seed}: refused: {error}")
                 continue
             say(f"{one.name}, seed {seed}: {described(record)}")
+            if scale == "laptop":  # anew, as another process may have added to them while this model was trained
+                records = read_records(results)
             of_model = {**records.get(one.name, {}), str(seed): {**record, **around}}
             records[one.name] = dict(sorted(of_model.items(), key=lambda item: int(item[0])))
             if scale == "laptop":
