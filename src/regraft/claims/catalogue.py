@@ -170,7 +170,7 @@ HEAD = ("Model", "Data", "Parameters", "Seeds", "Trained in", "Measured", "Model
 
 def rows(records: Records) -> list[tuple[str, ...]]:
     """The table of the zoo, one model a row; with several seeds means, and the range of the model's own figure."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for name, seeds in sorted(records.items()):
         several = list(seeds.values())
         first, quality = several[0], [record["quality"] for record in several]
