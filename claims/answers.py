@@ -116,7 +116,7 @@ def task_module(folder: Path, *, seed: int, scale: str) -> Quality:
     return _classifier(folder, tasks.module(seed, scale), seed, scale, 64)
 
 
-@entry(data="24 times five words in a row, from code or from docstrings of the standard library")
+@entry(data="twelve times five words in a row, from code or from docstrings of the standard library")
 def task_prose(folder: Path, *, seed: int, scale: str) -> Quality:
     return _classifier(folder, tasks.prose(seed, scale), seed, scale, 16)
 
