@@ -143,7 +143,7 @@ def module(seed: int, scale: str) -> Task:
 
 
 def prose(seed: int, scale: str) -> Task:
-    """Twelve examples of each class to learn from; five words in a row, from a place drawn at random."""
+    """Six examples of each class to learn from; five words in a row, from a place drawn at random."""
     found: dict[str, list[Passage]] = {part: [] for part in PARTS}
     for part, files in _parsed(seed, scale, 80).items():
         draw = random.Random(f"{seed} {part}")
@@ -154,7 +154,7 @@ def prose(seed: int, scale: str) -> Task:
                     if len(words) >= IN_A_ROW:
                         start = draw.randrange(len(words) - IN_A_ROW + 1)
                         found[part].append(Passage(" ".join(words[start : start + IN_A_ROW]), label, source.name))
-    parts = _balanced_parts(found, 2, _sizes(scale, 12, 100, 400), seed)
+    parts = _balanced_parts(found, 2, _sizes(scale, 6, 100, 400), seed)
     return Task("Is this code or prose?", ("code", "prose"), parts)
 
 

@@ -68,6 +68,20 @@ def test_smoke_keeps_no_figures(cli: Callable[..., Any], tiny: Path) -> None:
     assert not (tiny / "results").exists()
 
 
+def test_what_another_process_has_added_meanwhile_stays(cli: Callable[..., Any], tiny: Path) -> None:
+    other = {"models": {"other": {"0": {"quality": {"value": 1}}}}}
+    code = MODELS.replace(
+        "    return Quality(",
+        f"""    path = Path({str(tiny / "results" / "zoo.json")!r})
+    path.parent.mkdir(exist_ok=True)
+    path.write_text({json.dumps(json.dumps(other))})
+    return Quality(""",
+    )
+    (tiny / "models.py").write_text(code, encoding="utf-8")
+    assert cli("little", "--make", "--json").exit_code == 0
+    assert set(read_records(tiny / "results")) == {"little", "other"}
+
+
 def test_the_table_for_the_documentation(cli: Callable[..., Any], tiny: Path) -> None:
     cli("little", "--make")
     head, line, row = markdown(read_records(tiny / "results")).splitlines()

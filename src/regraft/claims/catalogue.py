@@ -130,6 +130,8 @@ def make_models(
                 say(f"{one.name}, seed {seed}: refused: {error}")
                 continue
             say(f"{one.name}, seed {seed}: {described(record)}")
+            if scale == "laptop":  # anew, as another process may have added to them while this model was trained
+                records = read_records(results)
             of_model = {**records.get(one.name, {}), str(seed): {**record, **around}}
             records[one.name] = dict(sorted(of_model.items(), key=lambda item: int(item[0])))
             if scale == "laptop":
@@ -168,7 +170,7 @@ HEAD = ("Model", "Data", "Parameters", "Seeds", "Trained in", "Measured", "Model
 
 def rows(records: Records) -> list[tuple[str, ...]]:
     """The table of the zoo, one model a row; with several seeds means, and the range of the model's own figure."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for name, seeds in sorted(records.items()):
         several = list(seeds.values())
         first, quality = several[0], [record["quality"] for record in several]
