@@ -1,120 +1,86 @@
-"""A masked auto-encoder that was pre-trained on generated strokes goes on with 300 digits without labels, and its
-encoder is then fine-tuned on 50 of them with labels. Ways to go on, from the same base, with the same rate and batches:
+"""The zoo's masked language model of code goes on with a little text of a domain that it has never seen, modules about
+the internet, and its encoder is then fine-tuned to two tasks of that domain with few labels. Ways to go on, from the
+same base, with the same rate and batches:
 
 - not at all;
 - further pre-training for T steps, for 2 T (as many as self-distillation takes in its two stages), for 4 T;
-- self-distillation: T steps further, then T steps from the base again, near what the first run says of whole images;
+- self-distillation: T steps further, then T steps from the base again, near what the first run says of whole texts;
 - the control: T steps near what the base itself says, which regularises as strongly and teaches nothing.
 
-The rate of fine-tuning is chosen on validation images, from the same three for each way, over three draws of 50 labels;
-the test images are looked at with the chosen one. The rate of further pre-training was chosen for plain further
-pre-training, on seeds that are not reported, and holds for all. The paper's text experiments are left out.
+Texts here have no token that stands for the whole, so that means over tokens are compared. The rate of fine-tuning is
+chosen on validation data from the same two by each way and task; all ways go on with one rate. Vision, on which the
+paper finds most, is left out: masked auto-encoders that are small enough for a laptop learn too little of tiny images.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
-from claims import glyphs
-from claims.language_models import fit as fit_classifier
-from claims.shared import best, grid
+from claims import code_tasks, corpus, text, zoo
+from claims import language_models as lm
 from regraft.claims.claim import Check, Claim, Figures, Plot, Row
 from regraft.objectives.own_loss import OwnLoss
 from regraft.objectives.self_distil import WHOLE, SelfDistillation
-from regraft.train.masked_images import whole
 from regraft.train.methods.self_distil import self_distil
-from regraft.train.objective import Objective, Sum
+from regraft.train.objective import Sum, Term
 from regraft.train.schedule import factor, parameter_groups
 from regraft.train.teacher import Teacher
 
-IMAGES, LABELS, BATCH = 300, 50, 64
-RATE = 1e-3
-# T, steps of fine-tuning, draws of labels
-SIZES = {"laptop": (400, 120, 3), "smoke": (2, 2, 1)}
-RATES = (3e-4, 1e-3, 3e-3)
+RATE, BATCH = 1e-3, 16
+TOKENS = 20_000  # of the domain, without labels: a fiftieth of what the base has seen
+# T, steps of fine-tuning, runs of fine-tuning.
+SIZES = {"laptop": (150, 100, 3), "smoke": (2, 2, 1)}
 
 
 class Adapting:
-    """Ways to go on from one base with one set of images."""
+    """Ways to go on from one base with one small text."""
 
     def __init__(self, seed: int, scale: str) -> None:
         self.seed = seed
-        self.base = glyphs.read(glyphs.auto_encoder(seed=seed, scale=scale))
-        self.parts = glyphs.splits(seed, IMAGES)
-        self.steps, self.tuning, self.draws = SIZES[scale]
+        self.steps, self.tuning, self.runs = SIZES[scale]
+        path = zoo.encoder(seed=seed, scale=scale)
+        self.base = transformers.BertForMaskedLM.from_pretrained(path).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        self.mask = tokenizer.mask_token_id
+        files, held = corpus.split(True, seed, text.share(scale))
+        self.ids = lm.encoded(tokenizer, [source.text for source in files])[:TOKENS]
+        self.tasks = {
+            "packages": code_tasks.packages(tokenizer, files, seed, 100),
+            "kinds": code_tasks.kinds(tokenizer, held, seed, 60),
+        }
 
     def go_on(self, steps: int, teacher: Any = None) -> Any:
-        """The base after so many steps on the images, near a teacher if there is one."""
+        """The base after so many steps, near a teacher if there is one; trained as the method does by default."""
         model = copy.deepcopy(self.base)
-        terms: list[tuple[float, Any]] = [(1.0, OwnLoss())]
+        terms: list[tuple[float, Term]] = [(1.0, OwnLoss())]
         if teacher is not None:
-            terms.append((1.0, SelfDistillation(Teacher(copy.deepcopy(teacher.base_model)))))
+            terms.append((1.0, SelfDistillation(Teacher(copy.deepcopy(teacher.base_model)), "mean")))
         objective = Sum(lambda examples, seeds: {}, terms)
         objective.prepare(model)
-        self._train(model, objective, steps)
-        return model
-
-    def _train(self, model: Any, objective: Objective, steps: int) -> None:
-        """As the defaults of the method: AdamW with betas 0.9 and 0.95, no clipping, a rate that falls linearly."""
-        images = self.parts["target"].images
         draws = torch.Generator().manual_seed(self.seed)
+        torch.manual_seed(self.seed)
         optimizer = torch.optim.AdamW(parameter_groups(model, RATE, 0.01, 1.0), betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor("linear", step, steps))
         model.train()
         for _ in range(steps):
-            chosen = images[torch.randint(len(images), (BATCH,), generator=draws)]
-            seeds = torch.randint(2**40, (BATCH,), generator=draws).tolist()
-            batch = {**glyphs.hidden(model, chosen, seeds), WHOLE: whole(model, chosen)}
-            loss, _ = objective.loss(model, batch)
+            masked = zoo.masked(self.ids, code_tasks.LENGTH, BATCH, draws, self.mask)
+            rows = torch.where(masked["labels"] == lm.IGNORED, masked["input_ids"], masked["labels"])
+            loss, _ = objective.loss(model, {**masked, WHOLE: {"input_ids": rows}})
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        model.eval()
+        return model.eval()
 
     def moved(self, model: Any) -> float:
         """How far the encoder is from that of the base."""
-        there = dict(model.vit.named_parameters())
-        return float(sum(((p - there[n]) ** 2).sum() for n, p in self.base.vit.named_parameters()).detach() ** 0.5)
-
-    def accuracy(self, model: Any) -> float:
-        """On the test images, with the rate of fine-tuning that is best on validation images."""
-        chosen, _ = best(grid(rate=RATES), lambda rate: self._tuned(model, rate, "validation"))
-        return self._tuned(model, chosen["rate"], "test")
-
-    def _tuned(self, model: Any, rate: float, part: str) -> float:
-        found = []
-        for draw in range(self.draws):
-            classifier = self._fine_tuned(model, rate, draw)
-            asked = self.parts[part]
-            with torch.inference_mode():
-                guesses = classifier(pixel_values=asked.images).logits.argmax(-1)
-            found.append(float((guesses == asked.labels).float().mean()))
-        return statistics.fmean(found)
-
-    def _fine_tuned(self, model: Any, rate: float, draw: int) -> Any:
-        target = self.parts["target"]
-        draws = torch.Generator().manual_seed(100 * self.seed + draw)
-        mine = torch.randperm(IMAGES, generator=draws)[:LABELS]
-        images, labels = target.images[mine], target.labels[mine]
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
-        sizes = {name: getattr(model.config, name) for name in (*names, "patch_size", "num_channels")}
-        torch.manual_seed(draw)
-        classifier = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=10))
-        classifier.vit.load_state_dict(model.vit.state_dict())
-
-        def batch(_: int) -> dict[str, Tensor]:
-            picked = torch.randint(LABELS, (32,), generator=draws)
-            return {"pixel_values": images[picked], "labels": labels[picked]}
-
-        fit_classifier(classifier, batch, self.tuning, rate)
-        return classifier
+        there = dict(model.bert.named_parameters())
+        squares = [((p - there[n]) ** 2).sum() for n, p in self.base.bert.named_parameters()]
+        return float(torch.stack(squares).sum().detach().sqrt())
 
 
 def run(seed: int, scale: str) -> Figures:
@@ -129,13 +95,15 @@ def run(seed: int, scale: str) -> Figures:
         "self-distilled": ways.go_on(steps, further),
         "near the base": ways.go_on(steps, ways.base),
     }
-    figures = {f"accuracy/{name}": ways.accuracy(model) for name, model in models.items()}
-    figures |= {f"moved/{name}": ways.moved(model) for name, model in models.items() if name != "none"}
+    figures = {f"moved/{name}": ways.moved(model) for name, model in models.items() if name != "none"}
+    for name, model in models.items():
+        found = code_tasks.examined(model.bert, ways.tasks, ways.tuning, ways.runs)
+        figures |= {f"{task}/{name}": value for task, value in found.items()}
     return figures
 
 
-def gain(figures: Figures, *others: str) -> float:
-    return figures["accuracy/self-distilled"] - max(figures[f"accuracy/{other}"] for other in others)
+def gain(figures: Figures, other: str) -> float:
+    return figures["mean/self-distilled"] - figures[f"mean/{other}"]
 
 
 CLAIM = Claim(
@@ -155,7 +123,7 @@ CLAIM = Claim(
         ),
         Check(
             "premise: further pre-training overfits: four times as many steps are no better",
-            lambda f: f["accuracy/further"] - f["accuracy/further, four times"],
+            lambda f: f["mean/further"] - f["mean/further, four times"],
             0.0,
             beyond=-0.01,
             decides=False,
@@ -164,9 +132,10 @@ CLAIM = Claim(
         Check("better than staying near the base", lambda f: gain(f, "near the base"), 0.01, decides=False),
     ),
     plot=Plot(
-        "Accuracy on digits after fine-tuning on 50 labels, %",
+        "Macro F1 after fine-tuning, %",
         tuple(
-            Row(label, f"accuracy/{name}")
+            Row(label, f"{task}/{name}", group)
+            for task, group in (("packages", "package of a function"), ("kinds", "kind of a token"))
             for label, name in (
                 ("fine-tuning alone", "none"),
                 ("further pre-training, T", "further"),

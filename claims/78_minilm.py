@@ -1,22 +1,19 @@
-"""An encoder of text with 4 layers of width 128 teaches students with 2 layers of width 64, which begin at random and
-see as many batches of its own pre-training text, each in one of these ways:
+"""The zoo's encoder of text, 3 layers of width 128, teaches students with 2 layers of width 64, which begin at random
+and see as many batches of its own pre-training text, each in one of these ways:
 
 - masked tokens, without the teacher: a student from scratch;
 - soft labels: the teacher's distribution over masked tokens;
 - hidden states: the mean square to the teacher's last ones, through a learnt matrix between the widths;
 - the relations of attention alone (queries with keys), MiniLM (and values with values), MiniLMv2 (queries, keys and
-  values with themselves), and MiniLM through an assistant of 4 layers of width 64, which takes half of the steps.
+  values with themselves), and MiniLM through an assistant of 3 layers of width 64, which takes half of the steps.
 
-All are fine-tuned to two tasks with few examples (`claims/encoders.py`); the measure is macro F1, the mean of both
-tasks. Each way's rate was chosen from the same three on validation data of seeds that are not reported; the rate of
-fine-tuning is chosen from two on validation data, by each student and task.
+All are fine-tuned to two tasks with few examples (`claims/code_tasks.py`); the measure is macro F1, the mean of both
+tasks. All ways have one rate; that of fine-tuning is chosen from two on validation data, by each student and task.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +22,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from claims import encoders
+from claims import code_tasks, corpus, text, zoo
 from claims import language_models as lm
-from claims.shared import best, grid
 from regraft.claims.claim import Check, Claim, Figures, Plot, Row
 from regraft.objectives.logits import Logits
 from regraft.objectives.minilm import MiniLM, relation_loss
@@ -38,18 +34,18 @@ from regraft.train.student import SizeOptions, student_of
 from regraft.train.tap import LAST, Signal, look
 from regraft.train.teacher import Teacher
 
-HEADS = 4
+HEADS, RATE = 4, 3e-3
+WAYS = (
+    "from scratch",
+    "soft labels",
+    "hidden states",
+    "attention alone",
+    "minilm",
+    "minilm v2",
+    "through an assistant",
+)
 # Steps of a student, windows in a batch, steps of fine-tuning, runs of fine-tuning.
 SIZES = {"laptop": (400, 24, 100, 2), "smoke": (2, 4, 2, 1)}
-RATES = {
-    "from scratch": 3e-3,
-    "soft labels": 3e-3,
-    "hidden states": 3e-3,
-    "attention alone": 3e-3,
-    "minilm": 3e-3,
-    "minilm v2": 3e-3,
-    "through an assistant": 3e-3,
-}
 
 
 @dataclass
@@ -60,11 +56,17 @@ class School:
     scale: str
 
     def __post_init__(self) -> None:
-        self.path = encoders.deep_encoder(seed=self.seed, scale=self.scale)
-        self.teacher = transformers.BertForMaskedLM.from_pretrained(self.path).eval()
-        self.text = encoders.ids(self.path, self.seed, self.scale)
-        self.mask = encoders.tokenizer_of(self.path).mask_token_id
+        path = zoo.encoder(seed=self.seed, scale=self.scale)
+        self.teacher = transformers.BertForMaskedLM.from_pretrained(path).eval()
         self.steps, self.batch, self.tuning, self.runs = SIZES[self.scale]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        seen, held = corpus.split(False, self.seed, text.share(self.scale))
+        self.text = lm.encoded(tokenizer, [source.text for source in seen])
+        self.mask = tokenizer.mask_token_id
+        self.tasks = {
+            "packages": code_tasks.packages(tokenizer, seen, self.seed, 200),
+            "kinds": code_tasks.kinds(tokenizer, held, self.seed, 100),
+        }
 
     def student(self, layers: int) -> Any:
         width = self.teacher.config.hidden_size // 2
@@ -72,18 +74,19 @@ class School:
         return student_of(self.teacher, size, self.seed)
 
     def windows(self, steps: int, masked: bool) -> Iterator[lm.Batch]:
-        """The same windows for all ways."""
         draws = torch.Generator().manual_seed(self.seed)
-        hiding = torch.Generator().manual_seed(self.seed + 1)
         for _ in range(steps):
-            rows = lm.windows(self.text, encoders.LENGTH, self.batch, draws)["input_ids"]
-            yield encoders.masked(rows, self.mask, hiding) if masked else {"input_ids": rows}
+            if masked:
+                yield zoo.masked(self.text, code_tasks.LENGTH, self.batch, draws, self.mask)
+            else:
+                yield {"input_ids": lm.windows(self.text, code_tasks.LENGTH, self.batch, draws)["input_ids"]}
 
-    def taught(self, way: str, rate: float) -> Any:
+    def taught(self, way: str, rate: float = RATE) -> Any:
         """A student that was taught in one way."""
         if way == "through an assistant":
-            assistant = self._with_term(self.student(4), MiniLM("v1"), self.teacher, self.steps // 2, rate)
-            return self._with_term(self.student(2), MiniLM("v1"), assistant, self.steps - self.steps // 2, rate)
+            assistant, half = self.student(self.teacher.config.num_hidden_layers), self.steps // 2
+            self._with_term(assistant, MiniLM("v1"), self.teacher, half, rate)
+            return self._with_term(self.student(2), MiniLM("v1"), assistant, self.steps - half, rate)
         student = self.student(2)
         if way == "hidden states":
             return self._hidden_states(student, rate)
@@ -138,21 +141,6 @@ class School:
         _fit(student, [student], loss, self.steps, rate)
         return student
 
-    def examined(self, model: Any) -> dict[str, float]:
-        """Macro F1 by task, after fine-tuning with the rate that is best on validation data."""
-        found = {}
-        for name, make in (("packages", encoders.packages), ("kinds", encoders.kinds)):
-            task = make(self.path, self.seed, self.scale)
-            rates = grid(rate=(1e-3, 4e-3))
-            chosen, _ = best(rates, functools.partial(self._tuned, model, task, 0, "validation"))
-            scores = [self._tuned(model, task, run, "test", **chosen) for run in range(self.runs)]
-            found[name] = statistics.fmean(scores)
-        return {**found, "mean": statistics.fmean(found.values())}
-
-    def _tuned(self, model: Any, task: encoders.Task, run: int, part: str, rate: float) -> float:
-        reader = encoders.fine_tuned(lambda: copy.deepcopy(model.bert), task, rate, self.tuning, run)
-        return encoders.score(reader, task, part)
-
 
 def _fit(student: Any, modules: list[nn.Module], loss: Callable[[], Tensor], steps: int, rate: float) -> None:
     """The training of the zoo's models, for losses that are no model's own."""
@@ -175,10 +163,11 @@ def _fit(student: Any, modules: list[nn.Module], loss: Callable[[], Tensor], ste
 
 def run(seed: int, scale: str) -> Figures:
     school = School(seed, scale)
-    models = {"teacher": school.teacher} | {way: school.taught(way, rate) for way, rate in RATES.items()}
+    models = {"teacher": school.teacher} | {way: school.taught(way) for way in WAYS}
     figures = {}
     for name, model in models.items():
-        figures |= {f"{task}/{name}": value for task, value in school.examined(model).items()}
+        found = code_tasks.examined(model.bert, school.tasks, school.tuning, school.runs)
+        figures |= {f"{task}/{name}": value for task, value in found.items()}
     return figures
 
 

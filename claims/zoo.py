@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional
 
-from claims import encoders, glyphs, languages, text, vision
 from claims import language_models as lm
+from claims import languages, text, vision
 from claims.shared import example
 from regraft.claims.zoo import Quality, entry
 
@@ -281,8 +281,6 @@ ENTRIES: dict[str, tuple[Callable[..., Path], str, dict[str, str]]] = {
     "decoder_domain_instruct": (text.decoder_domain_instruct, "LlamaForCausalLM", {}),
     "byte_decoder": (byte_decoder, "LlamaForCausalLM", {}),
     "encoder": (encoder, "BertForMaskedLM", {}),
-    "deep_encoder": (encoders.deep_encoder, "BertForMaskedLM", {}),
-    "auto_encoder": (glyphs.auto_encoder, "ViTMAEForPreTraining", {}),
     "two_languages": (languages.two_languages, "LlamaForCausalLM", {}),
     "task_expert": (languages.task_expert, "LlamaForCausalLM", {}),
     "language_expert": (languages.language_expert, "LlamaForCausalLM", {}),
