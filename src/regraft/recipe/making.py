@@ -181,8 +181,10 @@ def make(
         device="cpu" if settings.device == "cpu" else "auto", tell=tell,
         message=lambda text: progress.message(f"{plan.step.name}: {text}"),
     )  # fmt: skip
-    if team is not None and not team.first:
+    team = team or Team()
+    if not team.first:
         plan.maker.run(work)
+        team.meet()
         return lineage
     with OutputFolder(out, force=settings.force) as folder:
         try:
@@ -191,6 +193,7 @@ def make(
             if work_folder.exists() and not list(work_folder.glob("checkpoint-*")):
                 shutil.rmtree(work_folder)  # nothing to go on from
             raise
+        team.meet()  # the folder of the work goes away below, when nobody needs it
         facts = None
         if made.adapter is not None:
             facts = _write_adapter(folder.staging, made, source, lineage)
