@@ -187,7 +187,8 @@ def check_run(path: Path, out: Path) -> None:
             made = json.loads((result.artefacts[step.name] / "regraft.json").read_text(encoding="utf-8"))
             assert made["method"] == step.method
             assert made["output"]["tensors"] > 0
-            adapter = isinstance(step, MergeStep) and step.output == "lora"
+            merged = isinstance(step, MergeStep) and step.output == "lora"
+            adapter = merged or getattr(step, "options", {}).get("lora_output") == "adapter"
             weights = "adapter_model.safetensors" if adapter else "model.safetensors"
             assert (result.artefacts[step.name] / weights).stat().st_size > 0
 

@@ -48,7 +48,7 @@ models: {base: ./vit, other: ./other}
 steps:
   merged: {merge: linear, models: [base, other]}
   tuned: {train: fine_tune, model: merged, data: data.jsonl, max_steps: 4, per_device_train_batch_size: BATCH,
-          logging_steps: 1, learning_rate: 1e-3}
+          logging_steps: 1, learning_rate: 0.001}
   score: {evaluate: accuracy, models: [merged, tuned], data: data.jsonl}
   small: {compress: svd, model: tuned, ratio: 2}
 """

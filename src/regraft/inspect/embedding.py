@@ -212,7 +212,8 @@ def label_of(row: Row, column: str) -> str:
 
 def shares(right: Iterable[bool], groups: Sequence[str | None]) -> tuple[int, dict[str, tuple[int, int]]]:
     """How many are right, and per group (right, n), groups in the order in which they appear."""
-    total, per_group = 0, {}
+    total = 0
+    per_group: dict[str, tuple[int, int]] = {}
     for one, group in zip(right, groups, strict=True):
         total += bool(one)
         if group is not None:

@@ -191,8 +191,10 @@ def make(
         device="cpu" if settings.device == "cpu" else "auto", tell=tell,
         message=lambda text: progress.message(f"{plan.step.name}: {text}"), sources=plan.sources,
     )  # fmt: skip
-    if team is not None and not team.first:
+    team = team or Team()
+    if not team.first:
         plan.maker.run(work)
+        team.meet()
         return lineage
     with OutputFolder(out, force=settings.force) as folder:
         try:
@@ -201,6 +203,7 @@ def make(
             if not any(_worth_keeping(path) for path in work_folder.rglob("*")):
                 shutil.rmtree(work_folder, ignore_errors=True)  # nothing to go on from
             raise
+        team.meet()  # the folder of the work goes away below, when nobody needs it
         facts = None
         if made.adapter is not None:
             facts = _write_adapter(folder.staging, made, source, lineage)

@@ -47,7 +47,10 @@ class LowRankLinear(nn.Module):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix that the two stand for, (O, I), computed in a dtype."""
-        up, down = self.up.weight.to(dtype), self.down.weight.to(dtype)
+        up: Tensor = self.up.weight
+        down: Tensor = self.down.weight
+        if dtype is not None:
+            up, down = up.to(dtype), down.to(dtype)
         if self.parts == 1:
             return up @ down
         return (up.unflatten(0, (self.parts, -1)) @ down.unflatten(0, (self.parts, -1))).flatten(0, 1)

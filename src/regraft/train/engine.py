@@ -191,6 +191,12 @@ class Engine(transformers.Trainer):
         self._sums["passes"] = self._sums.get("passes", torch.zeros(())) + 1
         return loss
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return entire(super()._clip_grad_norm(model))
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return entire(super()._get_grad_norm(model, grad_norm))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and (passes := float(self._sums.get("passes", 0.0))):
             logs |= {name: float(value) / passes for name, value in self._sums.items() if name != "passes"}
@@ -243,7 +249,8 @@ class Engine(transformers.Trainer):
         if self._adapter is not None:
             restore_adapter(self._adapter, folder)
         else:
-            kept = surgery.load(folder, type(unwrapped(self.model)).__name__)
+            whole = self.divided.whole if self.divided is not None else unwrapped(self.model)
+            kept = surgery.load(folder, type(whole).__name__)
             target = unwrapped(model or self.model)
             if self.divided is not None:
                 self.divided.scatter(dict(kept.named_parameters()) | dict(kept.named_buffers()))

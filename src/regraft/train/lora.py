@@ -77,13 +77,10 @@ def adapted(model: Any, options: LoraOptions, *, seed: int = 0) -> Any:
     if not targets:
         what = f"no linear layer has a role of {', '.join(options.lora_modules)}"
         raise UserError("RG308", what, fix="name other roles in lora_modules, such as attention or ffn")
-    task = task_of(type(model).__name__)
     heads = roles.find("head") + roles.find("pooler") if "Classification" in type(model).__name__ else []
     heads = [name for name in heads if not any(name.startswith(f"{other}.") for other in heads)]
-    if task is not None:  # PEFT saves these by itself
-        heads = [name for name in heads if name not in ("classifier", "score")]
     config = peft.LoraConfig(
-        task_type=task,
+        task_type=task_of(type(model).__name__),
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
         lora_dropout=options.lora_dropout,
@@ -93,7 +90,10 @@ def adapted(model: Any, options: LoraOptions, *, seed: int = 0) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, config)
+        wrapped = peft.get_peft_model(model, config)
+    if config.modules_to_save:  # for some tasks PEFT has put its own names of heads behind ours
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    return wrapped
 
 
 def apart(model: Any) -> tuple[Any, Any | None]:

@@ -83,10 +83,11 @@ class Divided:
 
 def part(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, divided as another one is."""
+    if not hasattr(like, "full_tensor"):
+        return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if not isinstance(like, DTensor):
-        return value
+    assert isinstance(like, DTensor)
     whole = value.to(device=like.to_local().device, dtype=like.dtype)
     return distribute_tensor(whole, like.device_mesh, like.placements)
 
