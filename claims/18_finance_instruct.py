@@ -6,6 +6,12 @@ Measured: the format kept (greedy answers to general questions that are one line
 held-out raw text of the domain, and questions about the domain in the chat format, which nobody was tuned to: is an
 answer more likely after the right function's name than after three others? Baselines: the parents, their average, SLERP
 at 0.5, and continuing the instruct model itself on the domain for as many steps.
+
+Why it does not hold: not because the vectors interfere. On the domain's text, continuing lowers the loss by 0.25 nats
+(mean of seeds 0 to 4), instruction tuning alone raises it by 0.21, and the sum changes it by what these two add up to,
+to 0.02 nats with every seed. What is lost is what the instruct model, which sees no raw text while it is tuned, has
+forgotten. And continuing alone adds 0.4 points on the domain's questions, so that there is little to carry over. An
+instruct model that is tuned with raw text in between, and longer continuing, have not been tried.
 """
 
 from __future__ import annotations
