@@ -87,7 +87,7 @@ def test_the_term_on_real_models_sees_whole_inputs(family: str, target: Any) -> 
         with torch.no_grad():
             states.append(one.base_model.eval()(**inputs).last_hidden_state.numpy())
     lengths = LENGTHS if texts else (states[0].shape[1],) * 2
-    assert float(loss) == pytest.approx(by_hand(states[0], states[1], target, "sum", lengths), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(by_hand(states[0], states[1], target, "sum", lengths), rel=1e-4)
     loss.backward()
     assert all(p.grad is None for p in teacher.base_model.parameters())
     heads = [n for n, p in student.named_parameters() if p.grad is not None and not _within(student, n)]

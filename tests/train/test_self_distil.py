@@ -76,7 +76,7 @@ def test_the_stages(family: str, tmp_path: Path) -> None:
     assert list(drift) == ["further pre-training", "round 1"]
     assert drift["further pre-training"] == pytest.approx(named.diagnostics["drift"]["teacher"], rel=1e-5)
     began = dict(regraft.load(folder).base_model.named_parameters())
-    squares = [((p - began[n]) ** 2).sum() for n, p in made.model.base_model.named_parameters()]
+    squares = [((p - began[n]) ** 2).sum().detach() for n, p in made.model.base_model.named_parameters()]
     assert drift["round 1"]["distance"] == pytest.approx(float(sum(squares)) ** 0.5, rel=1e-4)
 
 

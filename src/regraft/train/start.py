@@ -66,7 +66,7 @@ def start(work: Work[Any], *, labels: bool = True) -> Start:
     folder = work.models["model"]
     model = load_with_head(folder, o) if isinstance(o, HeadOptions) else load(folder)
     if isinstance(o, SizeOptions):
-        model = student_of(model, chosen(o, SizeOptions), o.seed)
+        model = student_of(model, chosen(o, SizeOptions), work.options.seed)
     dtype = model.dtype
     model.float()
     data = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
