@@ -92,6 +92,8 @@ class Engine(transformers.Trainer):
             ignore_data_skip=True,
             disable_tqdm=True,
             use_cpu=device == "cpu" or not processes.accelerated(),
+            # Heads are called after the model: what is unused in its pass may still get a gradient.
+            ddp_static_graph=heads.present(model),
         )
         self.divided = Divided(model, arguments.device) if options.fsdp else None
         super().__init__(
