@@ -53,7 +53,8 @@ class LowRankLinear(nn.Module):
             up, down = up.to(dtype), down.to(dtype)
         if self.parts == 1:
             return up @ down
-        return (up.unflatten(0, (self.parts, -1)) @ down.unflatten(0, (self.parts, -1))).flatten(0, 1)
+        blocks: Tensor = up.unflatten(0, (self.parts, -1)) @ down.unflatten(0, (self.parts, -1))
+        return blocks.flatten(0, 1)
 
     def extra_repr(self) -> str:
         parts = f", parts={self.parts}" if self.parts > 1 else ""

@@ -104,7 +104,8 @@ class Selection:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["key"] != key:
             return None
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in found["selection"].items()})
+        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in found["selection"].items()}
+        return cls(**fields)
 
 
 def top_per_class(classes: Sequence[int], confidences: Sequence[float], count: int) -> list[int]:

@@ -115,7 +115,7 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
     """Raises RG204 and RG207 for models with other labels, RG309 for a model that cannot be pre-trained, RG303 for
     options that do not go together, RG601 for data that is missing, or held out."""
     o = work.options
-    names = o.stages or (*STAGES[:2], *(STAGES[2:] if "labelled" in work.sources else ()))
+    names: tuple[str, ...] = o.stages or (*STAGES[:2], *(STAGES[2:] if "labelled" in work.sources else ()))
     if "fine_tune" in names and "labelled" not in work.sources:
         raise UserError("RG601", "the stage fine_tune needs labelled data", fix="add labelled: ..., or leave it out")
     folder, columns = work.models["model"], chosen(o, DataOptions)
