@@ -116,8 +116,8 @@ def _changed(batch: Batch, seeds: Sequence[int], options: AugmentOptions) -> Bat
 def see_alike(student: Path, teacher: Path) -> bool:
     """Whether the inputs of one model are those of the other: the same vocabulary, or the same image processor."""
     if has_tokenizer(student) or has_tokenizer(teacher):
-        return bool(vocabulary(student) == vocabulary(teacher))
-    return _processor(student) == _processor(teacher)
+        return vocabulary(student) == vocabulary(teacher)
+    return bool(_processor(student) == _processor(teacher))
 
 
 def _processor(folder: Path) -> Any:
