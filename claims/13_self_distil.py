@@ -43,7 +43,7 @@ class Adapting:
         self.seed = seed
         self.steps, self.tuning, self.runs = SIZES[scale]
         path = zoo.encoder(seed=seed, scale=scale)
-        self.base = transformers.BertForMaskedLM.from_pretrained(path).eval()
+        self.base = transformers.AutoModelForMaskedLM.from_pretrained(path).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         self.mask = tokenizer.mask_token_id
         files, held = corpus.split(True, seed, text.share(scale))
@@ -78,8 +78,8 @@ class Adapting:
 
     def moved(self, model: Any) -> float:
         """How far the encoder is from that of the base."""
-        there = dict(model.bert.named_parameters())
-        squares = [((p - there[n]) ** 2).sum() for n, p in self.base.bert.named_parameters()]
+        there = dict(model.base_model.named_parameters())
+        squares = [((p - there[n]) ** 2).sum() for n, p in self.base.base_model.named_parameters()]
         return float(torch.stack(squares).sum().detach().sqrt())
 
 
@@ -97,7 +97,7 @@ def run(seed: int, scale: str) -> Figures:
     }
     figures = {f"moved/{name}": ways.moved(model) for name, model in models.items() if name != "none"}
     for name, model in models.items():
-        found = code_tasks.examined(model.bert, ways.tasks, ways.tuning, ways.runs)
+        found = code_tasks.examined(model.base_model, ways.tasks, ways.tuning, ways.runs)
         figures |= {f"{task}/{name}": value for task, value in found.items()}
     return figures
 

@@ -204,8 +204,8 @@ def task_balance(folder: Path, *, seed: int, scale: str) -> Quality:
     tokenizer = text.tokenizer_of(base)
     names = dict(enumerate(task.classes))
     torch.manual_seed(seed)
-    model = transformers.BertForSequenceClassification.from_pretrained(
-        base, num_labels=2, id2label=names, label2id={name: i for i, name in names.items()}, hidden_dropout_prob=0.0
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=2, id2label=names, label2id={name: i for i, name in names.items()}
     )
     whole = tasks.statements(seed, scale)["train"]
     draws = random.Random(seed)
@@ -245,6 +245,6 @@ ENTRIES = {
     "task_prose": (task_prose, "BertModel", {}),
     "task_retrieval": (task_retrieval, "BertModel", {}),
     "task_call": (task_call, "LlamaForCausalLM", {}),
-    "task_balance": (task_balance, "BertForSequenceClassification", {}),
+    "task_balance": (task_balance, "ModernBertForSequenceClassification", {}),
     "task_doctest": (task_doctest, "BertModel", {}),
 }

@@ -120,23 +120,30 @@ def zero_shot(model: transformers.CLIPModel, ids: Tensor, images: Tensor, labels
 
 @entry(data="the text of the decoder's pre-training, with 15 % of the tokens masked")
 def encoder(folder: Path, *, seed: int, scale: str) -> Quality:
+    """Normalisation before each part, and rotary positions: with these of BERT nothing but the most frequent tokens is
+    learnt in as many steps."""
     width, layers, vocabulary, steps = (128, 3, 1024, 800) if scale == "laptop" else (16, 1, 300, 2)
     train, held = text.texts(False, seed, scale)
     tokenizer = lm.trained_tokenizer(train, vocabulary)
     torch.manual_seed(seed)
-    config = transformers.BertConfig(
+    config = transformers.ModernBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=128,
+        global_attn_every_n_layers=1,
         pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id,
     )
-    model = transformers.BertForMaskedLM(config)
+    model = transformers.ModernBertForMaskedLM(config)
     seen, unseen = lm.encoded(tokenizer, train), lm.encoded(tokenizer, held)
     draws = text.generator(seed)
-    lm.fit(model, lambda _: masked(seen, 64, 24, draws, tokenizer.mask_token_id), steps, 2e-3)
+    lm.fit(model, lambda _: masked(seen, 64, 32, draws, tokenizer.mask_token_id), steps, 3e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     batch = masked(unseen, 64, 200, text.generator(0), tokenizer.mask_token_id)
@@ -280,7 +287,7 @@ ENTRIES: dict[str, tuple[Callable[..., Path], str, dict[str, str]]] = {
     "decoder_instruct": (text.decoder_instruct, "LlamaForCausalLM", {}),
     "decoder_domain_instruct": (text.decoder_domain_instruct, "LlamaForCausalLM", {}),
     "byte_decoder": (byte_decoder, "LlamaForCausalLM", {}),
-    "encoder": (encoder, "BertForMaskedLM", {}),
+    "encoder": (encoder, "ModernBertForMaskedLM", {}),
     "two_languages": (languages.two_languages, "LlamaForCausalLM", {}),
     "task_expert": (languages.task_expert, "LlamaForCausalLM", {}),
     "language_expert": (languages.language_expert, "LlamaForCausalLM", {}),

@@ -29,6 +29,12 @@ def more(family: str) -> Any:
     if family == "vit_mae":
         decoder = {f"decoder_{name}": value for name, value in VISION.items()}
         return hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**VISION, **decoder, **IMAGE))
+    if family == "modernbert":
+        special = dict.fromkeys(("pad", "cls", "sep", "bos", "eos"), 0)
+        sizes = VISION | {"vocab_size": 40, "max_position_embeddings": 16}
+        return hf.ModernBertForMaskedLM(
+            hf.ModernBertConfig(**sizes, **{f"{k}_token_id": v for k, v in special.items()})
+        )
     if family == "bert-classes":
         sizes = VISION | {"vocab_size": 40, "max_position_embeddings": 16}
         return hf.BertForSequenceClassification(hf.BertConfig(**sizes, is_decoder=True, add_cross_attention=True))
@@ -46,7 +52,18 @@ def more(family: str) -> Any:
     return model(family)
 
 
-ALL = (*FAMILIES, "swin", "deit", "vit_mae", "bert-classes", "gpt2-cross", "clip-text", "clip-vision", "t5-gated")
+ALL = (
+    *FAMILIES,
+    "swin",
+    "deit",
+    "vit_mae",
+    "modernbert",
+    "bert-classes",
+    "gpt2-cross",
+    "clip-text",
+    "clip-vision",
+    "t5-gated",
+)
 
 
 def linear(module: nn.Module) -> bool:

@@ -125,6 +125,29 @@ ROBERTA = replace(
     },
     prefixes=("roberta.",),
 )
+# The first matrix of a feed-forward part gives the values and their gate at once.
+MODERNBERT = ModuleTable(
+    blocks={"": "layers.*"},
+    inside={
+        "attn": "attention",
+        "attn.Wqkv": "attention.qkv",
+        "attn.Wo": "attention.output",
+        "mlp": "ffn",
+        "mlp.Wi": "ffn.up",
+        "mlp.Wo": "ffn.down",
+        "attn_norm": "norm",
+        "mlp_norm": "norm",
+    },
+    outside={
+        "embeddings": ("embedding", ""),
+        "final_norm": ("norm", ""),
+        "head": ("head", ""),
+        "head.dense": ("head", ""),
+        "decoder": ("head", ""),
+        **_HEADS,
+    },
+    prefixes=("model.",),
+)
 
 _T5_FFN = {
     "DenseReluDense": "ffn",
@@ -257,6 +280,7 @@ MODULES: dict[str, ModuleTable] = {
     "roberta": ROBERTA,
     "camembert": ROBERTA,
     "xlm-roberta": ROBERTA,
+    "modernbert": MODERNBERT,
     "t5": T5,
     "vit": VIT,
     "deit": VIT,

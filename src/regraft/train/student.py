@@ -82,7 +82,7 @@ def student_of(model: Any, options: SizeOptions, seed: int) -> Any:
     config.num_hidden_layers = layers
     for name in ("layer_types",):
         if isinstance(kinds := getattr(config, name, None), list):
-            setattr(config, name, kinds[:layers])
+            setattr(config, name, [kinds[i % len(kinds)] for i in range(layers)])
     if options.init in ("random", "embeddings"):
         _resize(config, options, modules_of(model).ffn_size)
     student = _random(model, config, seed)
