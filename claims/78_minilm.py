@@ -4,10 +4,10 @@ and see as many batches of its own pre-training text, each in one of these ways:
 - masked tokens, without the teacher: a student from scratch;
 - soft labels: the teacher's distribution over masked tokens;
 - hidden states: the mean square to the teacher's last ones, through a learnt matrix between the widths;
-- relations: those of attention alone (queries with queries, keys with keys), MiniLM (values with values, too), and MiniLM
-  through an assistant of 3 layers of width 64, which takes half of the steps. They are those of MiniLMv2: the encoder
-  turns queries and keys by position, so that its queries with its keys, which the first MiniLM takes, are not what it
-  attends by.
+- relations: those of attention alone (queries with queries, keys with keys), MiniLM (values with values, too), and
+  MiniLM through an assistant of 3 layers of width 64, which takes half of the steps. They are those of MiniLMv2: the
+  encoder turns queries and keys by position, so that its queries with its keys, which the first MiniLM takes, are not
+  what it attends by.
 
 All are fine-tuned to two tasks with few examples (`claims/code_tasks.py`); the measure is macro F1, the mean of both
 tasks. All ways have one rate; that of fine-tuning is chosen from two on validation data, by each student and task.
