@@ -19,7 +19,6 @@ import regraft
 from regraft.objectives.features import Features
 from regraft.objectives.minilm import MiniLM
 from regraft.objectives.own_loss import OwnLoss
-from regraft.objectives.perturbation import Perturbation
 from regraft.resize.factorise import LowRankOptions, factorise
 from regraft.resize.surgery import save
 from regraft.train.batches import batches_for
@@ -36,7 +35,7 @@ def main(model: Path, data: Path, folder: Path, batch: int, kill: int = 0) -> No
     whole = regraft.load(model)
     factorise(whole, LowRankOptions(ratio=2))
     rows = open_data(data)
-    terms = [(0.1, OwnLoss()), (1.0, Features()), (0.1, Perturbation()), (1.0, MiniLM())]
+    terms = [(0.1, OwnLoss()), (1.0, Features()), (1.0, MiniLM())]
     objective = Sum(batches_for(whole, model, rows[0]).collate, terms, Teacher(regraft.load(model)))
     options = TrainOptions(
         max_steps=4, per_device_train_batch_size=batch, logging_steps=1, learning_rate=1e-3, save_steps=2, ema=0.3,

@@ -143,7 +143,7 @@ def test_without_the_harness_a_sentence_says_what_to_install(tmp_path: Path, mon
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *more: True if n == "lm_eval" else find(n, *more))
-    with pytest.raises(UserError, match="there is no task: name tasks, or give data"):
+    with pytest.raises(UserError, match=r"there is no task \(lm_eval\): name tasks, or give data"):
         lm_eval.check(None, lm_eval.resolve({}))
     with pytest.raises(UserError, match="group has no meaning for tasks"):
         lm_eval.check(None, lm_eval.resolve({"tasks": ["a"], "group": "g"}))

@@ -142,7 +142,7 @@ def test_a_killed_run_of_an_adapter_ends_as_one_that_was_not(tmp_path: Path) -> 
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert [h["loss"] for h in first.history] == [h["loss"] for h in second.history]
     # A checkpoint is an adapter that PEFT loads, and small.
-    checkpoint = tmp_path / "a" / "checkpoint-4"
+    checkpoint = tmp_path / "a" / "checkpoint-5"
     peft.PeftModel.from_pretrained(regraft.load(folder), str(checkpoint))
     assert not (checkpoint / "model.safetensors").exists()
 

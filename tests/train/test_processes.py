@@ -70,7 +70,7 @@ def test_a_recipe_in_two_processes_is_one_with_the_doubled_batch(tmp_path: Path)
     run(load_recipe(tmp_path / "one.yaml"), tmp_path / "one", Settings(device="cpu"))
     done = launched(tmp_path, "run", "two.yaml", "-o", "two", "--device", "cpu")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("report: ") == 1  # one process speaks
+    assert done.stdout.count("score (accuracy)") == 1  # one process speaks
     one, two = (regraft.load(tmp_path / name / "tuned").state_dict() for name in ("one", "two"))
     for name, value in one.items():
         assert torch.allclose(value, two[name], atol=1e-5), name

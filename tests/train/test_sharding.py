@@ -18,9 +18,12 @@ from launch_sharded import main
 from models import model
 from regraft.errors import UserError
 from regraft.objectives.own_loss import OwnLoss
+from regraft.objectives.perturbation import Perturbation
+from regraft.resize.factorise import factorise
 from regraft.train.loop import train
 from regraft.train.objective import Sum
 from regraft.train.options import TrainOptions
+from regraft.train.teacher import Teacher
 from tiny import pictures, save_tiny, write_rows
 
 HERE = Path(__file__).parent
@@ -51,7 +54,7 @@ def test_divided_weights_learn_what_whole_ones_do(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr[-3000:]
     facts = [json.loads((tmp_path / name / "facts.json").read_text()) for name in ("one", "two", "killed")]
     assert [f["resumed"] for f in facts] == [0, 0, 2]
-    for part in ("loss", "own", "features", "perturbation", "relations", "grad_norm"):
+    for part in ("loss", "own", "features", "relations", "grad_norm"):
         one, two, three = ([h[part] for h in f["history"]] for f in facts)
         assert two == pytest.approx(one, rel=1e-4), part
         assert three == pytest.approx(two, rel=1e-6), part
@@ -73,6 +76,11 @@ def test_what_is_divided_is_refused_where_it_cannot_be(tmp_path: Path, monkeypat
         wrapped = peft.get_peft_model(model("bert"), peft.LoraConfig(target_modules=["query"]))
         with pytest.raises(UserError, match="an adapter with weights that are divided"):
             go(wrapped, fsdp=True)
+        low = model("bert")
+        factorise(low)
+        near = Sum(lambda examples, seeds: {}, [(1.0, Perturbation())], Teacher(model("bert")))
+        with pytest.raises(UserError, match="an objective that computes with weights, which are divided"):
+            train(low, near, [{"n": 0}], TrainOptions(max_steps=1, fsdp=True), folder=tmp_path, device="cpu")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="weights that accelerate is to divide"):
         go(model("bert"))

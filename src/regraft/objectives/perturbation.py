@@ -17,7 +17,6 @@ from torch import Tensor
 from regraft.errors import UserError
 from regraft.resize.low_rank import LowRankLinear, weight_of
 from regraft.train.objective import Batch, Term
-from regraft.train.sharding import entire
 from regraft.train.tap import Seen
 
 
@@ -38,6 +37,7 @@ class Perturbation(Term):
 
     name = "perturbation"
     needs_teacher = True
+    reads_weights = True
 
     def __init__(self, eps: float = 1e-3, mode: Literal["target", "hinge"] = "target", every: int = 1) -> None:
         self.eps, self.mode, self.every = eps, mode, every
@@ -64,5 +64,5 @@ class Perturbation(Term):
         losses = []
         for name, module in modules:
             weight = weight_of(there[name]).detach().to(module.up.weight.device)
-            losses.append(perturbation_loss(entire(module.dense()), weight, self.eps, self.mode))
+            losses.append(perturbation_loss(module.dense(), weight, self.eps, self.mode))
         return torch.stack(losses).mean()

@@ -201,7 +201,11 @@ class Engine(transformers.Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and (passes := float(self._sums.get("passes", 0.0))):
-            logs |= {name: float(value) / passes for name, value in self._sums.items() if name != "passes"}
+            parts = {name: value for name, value in self._sums.items() if name != "passes"}
+            if self.args.world_size > 1 and parts:  # each process has seen its own batches
+                sums = torch.stack([value.float().to(self.args.device) for value in parts.values()])
+                parts = dict(zip(parts, self.accelerator.reduce(sums, reduction="mean"), strict=True))
+            logs |= {name: float(value) / passes for name, value in parts.items()}
             self._sums = {}
         logs.pop("epoch", None)
         super().log(logs, start_time)
@@ -245,6 +249,8 @@ class Engine(transformers.Trainer):
             return
         self.divided.restore_moments(self.optimizer.optimizer, Path(checkpoint))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate  # which the state of the optimiser would bring
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -261,9 +267,9 @@ class Engine(transformers.Trainer):
                     target.load_state_dict(kept.state_dict())
                 heads.load(extra, folder)
         if (folder / EMA_FILE).is_file():
-            means = torch.load(folder / EMA_FILE, weights_only=True, map_location=self.args.device)
+            means = torch.load(folder / EMA_FILE, weights_only=True, map_location="cpu")
             weights = self._averaged()
-            self.ema = {name: part(mean, weights[name]) for name, mean in means.items()}
+            self.ema = {name: part(mean.to(self.args.device), weights[name]) for name, mean in means.items()}
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing to save: see the module's docstring."""

@@ -105,7 +105,7 @@ def train(
     steps = steps_of(options, examples, processes.count())
     try:
         objective.prepare(model)
-        _check_heads(model, options, adapter)
+        _check_objective(objective, model, options, adapter)
         return _run(model, adapter, objective, data, options, steps, folder, key, device, tell)
     finally:
         heads.remove(model)
@@ -184,8 +184,11 @@ def _check_sharding(options: TrainOptions, adapter: Any | None) -> None:
         raise UserError("RG309", what, fix="set fsdp to false, or train without an adapter")
 
 
-def _check_heads(model: Any, options: TrainOptions, adapter: Any | None) -> None:
-    """Raise RG309 for an objective with modules of its own where they have no place."""
+def _check_objective(objective: Objective, model: Any, options: TrainOptions, adapter: Any | None) -> None:
+    """Raise RG309 for an objective that needs whole weights, or has modules of its own, where that cannot be."""
+    if options.fsdp and objective.reads_weights:
+        what = "an objective that computes with weights, which are divided among processes"
+        raise UserError("RG309", what, fix="set fsdp to false, or for pela perturbation_weight to 0")
     if heads.present(model) and (options.fsdp or adapter is not None):
         kind = "weights that are divided among processes" if options.fsdp else "an adapter"
         what = f"an objective that trains modules of its own beside {kind}"

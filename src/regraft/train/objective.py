@@ -43,6 +43,11 @@ class Objective(ABC):
     def prepare(self, model: Any) -> None:  # noqa: B027 - most objectives have nothing to prepare
         """Called once before the first step: raises `UserError` for a model that the objective cannot take."""
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether weights are computed with outside the model's own pass, which needs them whole."""
+        return False
+
     def at(self, step: int, steps: int) -> None:  # noqa: B027
         """Called before each pass: steps that are done, and steps of the whole run."""
 
@@ -69,10 +74,12 @@ class Term(ABC):
     Attributes:
         name: what the progress display and the logs call it.
         needs_teacher: whether a frozen model has to pass through the batch, too.
+        reads_weights: whether it computes with weights outside the model's own pass.
     """
 
     name: str
     needs_teacher = False
+    reads_weights = False
 
     def signals(self, model: Any) -> Sequence[Signal]:
         """What to look at inside the student."""
@@ -115,6 +122,10 @@ class Sum(Objective):
         lacking = [term.name for _, term in self.terms if term.needs_teacher and self.teacher is None]
         if lacking:
             raise UserError("RG304", f"{lacking[0]} needs a teacher", fix="name the model to learn from")
+
+    @property
+    def reads_weights(self) -> bool:
+        return any(term.reads_weights for _, term in self.terms)
 
     def collate(self, examples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Batch:
         return self.collating(examples, seeds)

@@ -76,7 +76,7 @@ class Divided:
 
     def restore_moments(self, optimizer: Any, folder: Path) -> None:
         """Read it back, in the same process of as many."""
-        kept = torch.load(folder / f"moments-{processes.rank()}.pt", weights_only=True)
+        kept = torch.load(folder / f"moments-{processes.rank()}.pt", weights_only=True, map_location="cpu")
         for parameter, state in zip(_parameters(optimizer), kept, strict=True):
             optimizer.state[parameter] = {key: _of_all(value, parameter) for key, value in state.items()}
 
