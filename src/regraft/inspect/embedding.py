@@ -7,7 +7,7 @@ checkpoint only if vectors do not depend on them, such as a pooler that is not u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from regraft.errors import UserError
 from regraft.inspect import images
+from regraft.inspect.intervals import wilson
 from regraft.inspect.loading import (
     Loaded,
     context_length,
@@ -30,7 +31,7 @@ from regraft.inspect.loading import (
     tokenize,
     unused_missing,
 )
-from regraft.inspect.metric import MetricOptions
+from regraft.inspect.metric import MetricOptions, Score
 from regraft.inspect.rows import Row, group_of, in_batches, read_rows
 
 KINDS = ("pixel_values", "image", "text")
@@ -210,13 +211,22 @@ def label_of(row: Row, column: str) -> str:
     return str(value)
 
 
-def shares(right: Iterable[bool], groups: Sequence[str | None]) -> tuple[int, dict[str, tuple[int, int]]]:
-    """How many are right, and per group (right, n), groups in the order in which they appear."""
-    total = 0
-    per_group: dict[str, tuple[int, int]] = {}
-    for one, group in zip(right, groups, strict=True):
-        total += bool(one)
+def check_rows(data: Path, options: Any) -> None:
+    """Raise what `labelled` would raise at the first row of the data, or of `train_data`."""
+    for path in (data, *([Path(options.train_data)] if options.train_data else [])):
+        check_labelled(path, options)
+
+
+def share_right(guesses: Any, asked: Labelled, notes: dict[str, Any]) -> Score:
+    """The share of rows whose label was guessed, in all and per group, with Wilson's intervals."""
+    right = (np.asarray(guesses) == np.asarray(asked.labels)).tolist()
+    groups: dict[str, list[bool]] = {}
+    for one, group in zip(right, asked.groups, strict=True):
         if group is not None:
-            before = per_group.get(group, (0, 0))
-            per_group[group] = (before[0] + bool(one), before[1] + 1)
-    return total, per_group
+            groups.setdefault(group, []).append(one)
+    per_group = {name: _share(part) for name, part in groups.items()}
+    return _share(right, per_group=per_group, notes=notes)
+
+
+def _share(right: Sequence[bool], **more: Any) -> Score:
+    return Score(value=sum(right) / len(right), n=len(right), interval=wilson(sum(right), len(right)), **more)

@@ -11,12 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from regraft.errors import UserError
-from regraft.inspect.embedding import EmbeddingOptions, check_labelled, embedder, labelled, shares
-from regraft.inspect.intervals import wilson
+from regraft.inspect.embedding import EmbeddingOptions, check_rows, embedder, labelled, share_right
 from regraft.inspect.metric import Score, metric
 from regraft.inspect.rows import need
 
@@ -35,8 +33,7 @@ class KnnOptions(EmbeddingOptions):
 
 def _check(data: Path, options: KnnOptions) -> None:
     need("sklearn", "eval", "the metric knn")
-    for path in (data, *([Path(options.train_data)] if options.train_data else [])):
-        check_labelled(path, options)
+    check_rows(data, options)
 
 
 @metric(
@@ -64,13 +61,5 @@ def knn(model: Path, data: Path, options: KnnOptions) -> Score:
     search.fit(known.vectors, known.labels)
     # Without rows to predict, scikit-learn predicts those that it knows, each without itself.
     guesses = search.predict(asked.vectors if options.train_data is not None else None)
-    right = np.asarray(guesses) == np.asarray(asked.labels)
-    total, groups = shares(right.tolist(), asked.groups)
     notes = {"neighbours from": len(known.labels), "classes": len(set(known.labels)), "texts_cut": embed.cut}
-    return Score(
-        value=total / len(right),
-        n=len(right),
-        interval=wilson(total, len(right)),
-        per_group={name: Score(value=r / n, n=n, interval=wilson(r, n)) for name, (r, n) in groups.items()},
-        notes=notes,
-    )
+    return share_right(guesses, asked, notes)

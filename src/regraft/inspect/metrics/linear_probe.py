@@ -18,8 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from regraft.errors import UserError
-from regraft.inspect.embedding import EmbeddingOptions, Labelled, check_labelled, embedder, labelled, shares
-from regraft.inspect.intervals import wilson
+from regraft.inspect.embedding import EmbeddingOptions, Labelled, check_rows, embedder, labelled, share_right
 from regraft.inspect.metric import Score, metric
 from regraft.inspect.rows import need
 
@@ -39,8 +38,7 @@ class LinearProbeOptions(EmbeddingOptions):
 
 def _check(data: Path, options: LinearProbeOptions) -> None:
     need("sklearn", "eval", "the metric linear_probe")
-    for path in (data, *([Path(options.train_data)] if options.train_data else [])):
-        check_labelled(path, options)
+    check_rows(data, options)
 
 
 @metric(
@@ -62,18 +60,10 @@ def linear_probe(model: Path, data: Path, options: LinearProbeOptions) -> Score:
         _need_classes(known, Path(options.train_data))
         fitted, slow = _fitted(known.vectors, known.labels, options)
         guesses = fitted.predict(asked.vectors)
-    right = np.asarray(guesses) == np.asarray(asked.labels)
-    total, groups = shares(right.tolist(), asked.groups)
     notes: dict[str, Any] = {"classes": len(set(asked.labels)), "texts_cut": embed.cut}
     if slow:
         notes["remark"] = "the solver stopped at max_iter before it had converged"
-    return Score(
-        value=total / len(right),
-        n=len(right),
-        interval=wilson(total, len(right)),
-        per_group={name: Score(value=r / n, n=n, interval=wilson(r, n)) for name, (r, n) in groups.items()},
-        notes=notes,
-    )
+    return share_right(guesses, asked, notes)
 
 
 def _fitted(vectors: Any, labels: Any, options: LinearProbeOptions) -> tuple[Any, bool]:
