@@ -122,7 +122,7 @@ def zero_shot(model: transformers.CLIPModel, ids: Tensor, images: Tensor, labels
 def encoder(folder: Path, *, seed: int, scale: str) -> Quality:
     """Normalisation before each part, and rotary positions: with these of BERT nothing but the most frequent tokens is
     learnt in as many steps."""
-    width, layers, vocabulary, steps = (128, 3, 1024, 800) if scale == "laptop" else (16, 1, 300, 2)
+    width, layers, vocabulary, steps = (128, 3, 1024, 1600) if scale == "laptop" else (16, 1, 300, 2)
     train, held = text.texts(False, seed, scale)
     tokenizer = lm.trained_tokenizer(train, vocabulary)
     torch.manual_seed(seed)
