@@ -117,21 +117,6 @@ def _check_same(unit: list[Job], job: Job) -> None:
             raise UserError("RG303", what, where=where, fix=f"use one {name}{otherwise}")
 
 
-def usable_device(name: str) -> torch.device:
-    """The device that chunks are computed on, by its name in torch.
-
-    Raises:
-        UserError: RG406 if torch does not know it or cannot use it here.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, dtype=torch.float64, device=device).item()  # sums need double precision
-    except (RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError("RG406", f"device {name!r} cannot be used: {reason}", fix="use --device cpu") from None
-    return device
-
-
 def default_chunk(device: torch.device) -> int:
     """Elements per chunk where the user names none."""
     return DEFAULT_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from regraft.checkpoint import Checkpoint, open_checkpoint
+from regraft.checkpoint.device import usable_device
 from regraft.checkpoint.output import reserved, unfinished_in
 from regraft.errors import UserError
-from regraft.merge.jobs import Job, default_chunk, default_workers, fit_memory, usable_device
+from regraft.merge.jobs import Job, default_chunk, default_workers, fit_memory
 from regraft.methods import Options, method
 from regraft.recipe.document import EvaluateStep, Input, MakeStep, MergeStep, Recipe
 from regraft.recipe.estimate import RUN_BYTES, Estimate, estimate, process_memory

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from regraft.errors import UserError
+from regraft.checkpoint.device import usable_device
 from regraft.methods import Options
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.masks import mask_name
@@ -41,14 +41,7 @@ def device_of(options: TeacherOptions) -> torch.device | None:
     """
     if options.teacher_device is None:
         return None
-    try:
-        device = torch.device(options.teacher_device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        what = f"device {options.teacher_device!r} cannot be used: {reason}"
-        raise UserError("RG406", what, fix="change teacher_device, or leave it out") from None
-    return device
+    return usable_device(options.teacher_device, fix="change teacher_device, or leave it out", dtype=torch.float32)
 
 
 @dataclass
