@@ -21,9 +21,9 @@ from regraft.errors import UserError, nearest
 from regraft.inspect import images
 from regraft.inspect.loading import Loaded, context_length, load_model, load_tokenizer, tokenize
 from regraft.inspect.metric import MetricOptions
-from regraft.inspect.rows import Row, group_of, in_batches, read_rows
+from regraft.inspect.rows import Row, group_of, in_batches, input_of, read_rows
 
-INPUTS = ("pixel_values", "image", "text")
+_NO_INPUT = "there is no column to classify (pixel_values, image or text)"
 Predict = Callable[[list[Row]], Tensor]  # rows -> logits (rows, labels)
 
 
@@ -41,7 +41,7 @@ class ClassifierOptions(MetricOptions):
 def check_classifier(data: Path, options: ClassifierOptions) -> None:
     """Raise what reading would raise at the first row."""
     first = next(read_rows(data, split=options.split, limit=1))
-    _input(first, options)
+    input_of(first, options, _NO_INPUT)
     first.get(options.label)
     group_of(first, options.group)
 
@@ -83,7 +83,7 @@ def classifier(model: Path, data: Path, options: ClassifierOptions) -> Classifie
         UserError: RG601 for data and RG602 for models that cannot be used.
     """
     check_classifier(data, options)
-    kind = _input(next(read_rows(data, split=options.split, limit=1)), options)
+    kind = input_of(next(read_rows(data, split=options.split, limit=1)), options, _NO_INPUT)
     if kind == "text":
         loaded = load_model(model, "AutoModelForSequenceClassification", "text classification", device=options.device)
     else:
@@ -91,16 +91,6 @@ def classifier(model: Path, data: Path, options: ClassifierOptions) -> Classifie
     notes: dict[str, Any] = {}
     names = label_names(loaded)
     return Classifier(model, data, options, names, _predictor(loaded, kind, data, options, notes), notes)
-
-
-def _input(row: Row, options: ClassifierOptions) -> str:
-    chosen = [kind for kind in INPUTS if kind in options.model_fields_set]
-    for kind in chosen or [kind for kind in INPUTS if getattr(options, kind) in row.values]:
-        row.get(getattr(options, kind))
-        return kind
-    what = "there is no column to classify (pixel_values, image or text)"
-    fix = f"name one of the columns {', '.join(row.values)} by the option text, image or pixel_values"
-    raise UserError("RG601", what, where=row.where, fix=fix)
 
 
 def label_names(loaded: Loaded) -> Mapping[int, str]:

@@ -32,9 +32,8 @@ from regraft.inspect.loading import (
     unused_missing,
 )
 from regraft.inspect.metric import MetricOptions, Score
-from regraft.inspect.rows import Row, group_of, in_batches, read_rows
+from regraft.inspect.rows import Row, group_of, in_batches, input_of, read_rows
 
-KINDS = ("pixel_values", "image", "text")
 Floats = NDArray[np.float32]
 
 
@@ -46,20 +45,6 @@ class EmbeddingOptions(MetricOptions):
     pixel_values: str = Field("pixel_values", description="column with arrays that go into the model as they are")
     pooling: Literal["mean", "first"] = Field("mean", description="mean over tokens or positions, or the first one")
     max_length: int | None = Field(None, ge=1, description="cut texts here; by default at what the model takes")
-
-
-def input_of(row: Row, options: EmbeddingOptions) -> str:
-    """Which of the columns pixel_values, image and text a row is embedded by.
-
-    Raises:
-        UserError: RG601 if it has none of them.
-    """
-    named = [kind for kind in KINDS if kind in options.model_fields_set]
-    for kind in named or [kind for kind in KINDS if getattr(options, kind) in row.values]:
-        row.get(getattr(options, kind))
-        return kind
-    fix = f"name one of the columns {', '.join(row.values)} by the option text, image or pixel_values"
-    raise UserError("RG601", "there is no input column (text, image or pixel_values)", where=row.where, fix=fix)
 
 
 @dataclass

@@ -48,9 +48,7 @@ from regraft.inspect import images
 from regraft.inspect.intervals import wilson
 from regraft.inspect.loading import Loaded, context_length, load_model, load_tokenizer, text_part, tokenize
 from regraft.inspect.metric import Answer, MetricOptions, Score, metric
-from regraft.inspect.rows import Row, group_of, read_rows
-
-_KINDS = ("pixel_values", "image", "text")
+from regraft.inspect.rows import Row, group_of, input_of, read_rows
 
 
 class ProbeOptions(MetricOptions):
@@ -70,7 +68,7 @@ class ProbeOptions(MetricOptions):
 
 def _check(data: Path, options: ProbeOptions) -> None:
     first = next(read_rows(data, split=options.split, limit=1))
-    _kind(first, options)
+    input_of(first, options)
     if "label" in options.model_fields_set:
         first.get(options.label)
     group_of(first, options.group)
@@ -82,7 +80,7 @@ def probe(model: Path, data: Path, options: ProbeOptions) -> Score:
     _check(data, options)
     limit = min(options.limit or options.max_inputs, options.max_inputs)
     rows = list(read_rows(data, split=options.split, limit=limit))
-    kind = _kind(rows[0], options)
+    kind = input_of(rows[0], options)
     task = ask.task_of(model, options.task, kind)
     if task.name in ("generate", "fill") and kind != "text":
         what = f"a model for {task.purpose} takes text, and the rows hold {kind}"
@@ -258,15 +256,6 @@ class _Session:
             what = f"the model's chat template cannot be used: {str(error).strip().splitlines()[0]}"
             fix = "leave out chat, or give the model a chat template"
             raise UserError("RG602", what, where=str(self.loaded.folder), fix=fix) from None
-
-
-def _kind(row: Row, options: ProbeOptions) -> str:
-    named = [kind for kind in _KINDS if kind in options.model_fields_set]
-    for kind in named or [kind for kind in _KINDS if getattr(options, kind) in row.values]:
-        row.get(getattr(options, kind))
-        return kind
-    fix = f"name one of the columns {', '.join(row.values)} by the option text, image or pixel_values"
-    raise UserError("RG601", "there is no input column (text, image or pixel_values)", where=row.where, fix=fix)
 
 
 def _given(row: Row, column: str) -> str | None:
