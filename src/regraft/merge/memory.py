@@ -26,6 +26,7 @@ def merge_in_memory(
     workers: int = 1,
     chunk: int | None = None,
     allow_nan: bool = False,
+    device: str = "cpu",
 ) -> Any:
     """Merge tensors or state dicts that are in memory; see `Rule.__call__`."""
     jobs, outputs = as_jobs(rule, models, base, options or {})
@@ -33,7 +34,7 @@ def merge_in_memory(
     def write(name: str, start: int, values: Tensor) -> None:
         outputs[name].view(-1)[start : start + values.numel()] = values
 
-    outcome = run_jobs(jobs, write, workers=workers, chunk=chunk, allow_nan=allow_nan)
+    outcome = run_jobs(jobs, write, workers=workers, chunk=chunk, allow_nan=allow_nan, device=device)
     for warning in outcome.warnings:
         warnings.warn(warning, UserWarningMessage, stacklevel=3)
     return outputs if isinstance(models[0], Mapping) else outputs["tensor"]

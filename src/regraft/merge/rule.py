@@ -338,6 +338,7 @@ class Rule(Method, Generic[O]):
         workers: int = 1,
         chunk: int | None = None,
         allow_nan: bool = False,
+        device: str = "cpu",
         **options: Any,
     ) -> Any:
         """Merge tensors, or state dicts, in memory.
@@ -347,6 +348,7 @@ class Rule(Method, Generic[O]):
             base: the same kind of thing, where the rule has a base.
             workers, chunk: threads and elements per chunk; they never change the result.
             allow_nan: merge values that are not finite instead of raising RG206.
+            device: where to compute, "cpu" or "cuda"; elsewhere than on the CPU the last bits may differ.
             options: the rule's options; those with one value per model take a number or a list.
 
         Returns:
@@ -357,7 +359,9 @@ class Rule(Method, Generic[O]):
         """
         from regraft.merge.memory import merge_in_memory
 
-        return merge_in_memory(self, models, base, options, workers=workers, chunk=chunk, allow_nan=allow_nan)
+        return merge_in_memory(
+            self, models, base, options, workers=workers, chunk=chunk, allow_nan=allow_nan, device=device
+        )
 
 
 _ABSENT: Any = object()
