@@ -11,6 +11,9 @@ and see as many batches of its own pre-training text, each in one of these ways:
 
 All are fine-tuned to two tasks with few examples (`claims/code_tasks.py`); the measure is macro F1, the mean of both
 tasks. All ways have one rate; that of fine-tuning is chosen from two on validation data, by each student and task.
+
+In a pilot (seed 100) MiniLM was 9 points better than a student from scratch and 6 points worse than one that learns
+hidden states; after three times as many steps it was one point worse than the latter.
 """
 
 from __future__ import annotations
