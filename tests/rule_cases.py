@@ -70,10 +70,10 @@ BRANCHES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def assert_alike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Equal to one unit in the last place and 1e-6, but for an entry in 10,000, which the last bits of sums decide."""
+def assert_alike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], within: float = 1e-6) -> None:
+    """Equal to a unit in the last place and `within`, but for an entry in 10,000, which the last bits of sums decide."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         off = (value.double() - expected[name].double()).abs()
         last_place = value.double().abs() * torch.finfo(value.dtype).eps * 2
-        assert int((off > last_place + 1e-6).sum()) <= value.numel() * 1e-4, name
+        assert int((off > last_place + within).sum()) <= value.numel() * 1e-4, name

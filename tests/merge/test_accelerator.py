@@ -29,7 +29,9 @@ def test_a_rule_gives_what_it_gives_on_the_processor(rule: Rule, dtype: torch.dt
     for options in ({}, *BRANCHES.get(rule.name, [])):
         found = rule(models, base=base, device="cuda", **options)
         assert all(value.device.type == "cpu" for value in found.values())
-        assert_alike(found, rule(models, base=base, **options))
+        # Another library's singular vectors: their error is relative to the largest value of a matrix, here about 10.
+        within = 1e-4 if rule.span(rule.options()) == "matrices" else 1e-6
+        assert_alike(found, rule(models, base=base, **options), within)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=NAMES)

@@ -251,9 +251,10 @@ def variance(rows: Tensor) -> Tensor:
         out = torch.empty_like(rows[0])
         native.variance(array(rows), out.numpy())
         return out
+    count = rows.new_tensor(len(rows))  # divided by a plain number, CUDA multiplies by its inverse: another last bit
     apart = rows - rows[0]
-    apart = apart - added(apart) / len(rows)
-    return added(apart.square()) / len(rows)
+    apart = apart - added(apart) / count
+    return added(apart.square()) / count
 
 
 def block_sums(rows: Tensor, *, absolute: bool, block: int = BLOCK) -> Tensor:
