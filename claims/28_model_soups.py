@@ -24,7 +24,7 @@ IMAGES = 300
 
 def target(images: torch.Tensor) -> torch.Tensor:
     """Shifted, blurred and dimmed: what the base reads badly."""
-    return vision.blurred(vision.SKILLS["shifted"](images))
+    return vision.blurred(vision.digits.shifted(images))
 
 
 class Sweep:
