@@ -71,7 +71,7 @@ BRANCHES: dict[str, list[dict[str, Any]]] = {
 
 
 def assert_alike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], within: float = 1e-6) -> None:
-    """Equal to a unit in the last place and `within`, but for one entry in 10,000, which the last bits of sums decide."""
+    """Equal to a unit in the last place and `within`, but for one entry in 10,000, which last bits of sums decide."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         off = (value.double() - expected[name].double()).abs()
