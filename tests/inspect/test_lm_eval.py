@@ -152,7 +152,9 @@ def test_choices_are_those_of_our_own_computation(model: Path, tasks: Path) -> N
 
 
 @needs_harness
-def test_likelihoods_are_those_of_our_own_computation(model: Path, tmp_path: Path) -> None:
+def test_likelihoods_are_those_of_our_own_computation(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     own = Own(model)
     befores = [f"w{i} w{(i * 3) % 40}" for i in range(6)]
     targets = [own.goes_on(b, 2) if i % 2 else f"w{i} w{i + 9}" for i, b in enumerate(befores)]
@@ -160,6 +162,7 @@ def test_likelihoods_are_those_of_our_own_computation(model: Path, tmp_path: Pat
     found = [own.likelihood(b, t) for b, t in zip(befores, targets, strict=True)]
     path = write_task(tmp_path / "tasks", "ends", LIKELIHOOD + 'target_delimiter: ""\n', rows)
     score = lm_eval(model, path, device="cpu")
+    assert capfd.readouterr().out == ""  # the harness prints what it bootstraps
     assert score.value == pytest.approx(math.exp(-sum(log for log, _ in found) / len(found)), rel=1e-4)
     assert not score.higher_is_better
     share = sum(greedy for _, greedy in found) / len(found)
@@ -237,7 +240,9 @@ def test_solved_examples_are_those_that_the_harness_draws(model: Path, ends: Pat
 @needs_harness
 def test_chat_templates_are_put_around_questions(model: Path, ends: Path) -> None:
     tokenizer = hf.AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = "w7 w3 {% for m in messages %}{{ m['content'] }}{% endfor %} w11 w2"
+    tokenizer.chat_template = (
+        "w7 w3 {% for m in messages %}{{ m['content'] }}{% endfor %} w11 w2 "  # nothing is put behind it
+    )
     tokenizer.save_pretrained(model)
     rows = [json.loads(line) for line in ends.with_suffix(".jsonl").read_text().splitlines()]
     own = Own(model)

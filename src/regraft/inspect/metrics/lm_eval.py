@@ -25,7 +25,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -255,7 +255,7 @@ def _counted(manager: Any, found: Any, name: str) -> list[str]:
 
 @contextmanager
 def _silence() -> Iterator[dict[tuple[str, int], str]]:
-    """Nothing of the harness's bars and reports is shown; yields its warnings, the first one of each kind."""
+    """Nothing of the harness's bars, prints and reports is shown; yields its warnings, the first one of each kind."""
     kept: dict[tuple[str, int], str] = {}
 
     class Keep(logging.Handler):
@@ -268,7 +268,7 @@ def _silence() -> Iterator[dict[tuple[str, int], str]]:
     logger.propagate = False
     logger.addHandler(keep)
     try:
-        with quiet(), redirect_stderr(StringIO()):
+        with quiet(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             yield kept
     finally:
         logger.removeHandler(keep)
