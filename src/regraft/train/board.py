@@ -17,7 +17,7 @@ from typing import Any
 
 import transformers
 
-FOLDER = "runs"  # where the Hub, too, looks for them in the folder of a model
+FOLDER = "runs"  # as the Trainer of transformers calls it
 _EVENTS = "events.out.tfevents"
 
 
