@@ -69,6 +69,7 @@ class Engine(transformers.Trainer):
         self._data, self._begin, self._adapter = data, 0, adapter
         self.optimizer: Any
         self.lr_scheduler: Any
+        self.control: Any
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
         self.team = processes.team(device)
