@@ -88,6 +88,14 @@ def load_config(folder: Path) -> Any:
         raise UserError("RG105", _line(error), where=str(folder), fix="check config.json") from None
 
 
+def refuse_masked(config: Any, folder: Path, has: str) -> None:
+    """Raise RG602 for masked language models, which load as causal ones too, with their attention masked otherwise than
+    in training; `has` says what such a model has instead of what was asked for."""
+    if any(name.endswith("ForMaskedLM") for name in config.architectures or ()):
+        fix = "evaluate it by accuracy or similarity after fine-tuning"
+        raise UserError("RG602", f"a masked language model has {has}", where=str(folder), fix=fix)
+
+
 def load_model(
     folder: Path, auto_class: str, purpose: str, *, device: str = "auto", allow_missing: bool = False
 ) -> Loaded:

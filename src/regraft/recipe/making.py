@@ -161,6 +161,7 @@ def make(
         KeyboardInterrupt: after Ctrl-C in training, with a sentence on what is kept.
     """
     from regraft.resize import surgery
+    from regraft.train import board
     from regraft.train.making import Work
 
     lineage = Lineage(
@@ -216,6 +217,7 @@ def make(
         copy_licences(folder.staging, [m.checkpoint for m in plan.parents])
         for name, text in made.files.items():
             (folder.staging / name).write_text(text, encoding="utf-8")
+        board.publish(work_folder, folder.staging)
         lineage.diagnostics = made.diagnostics
         lineage.warnings = [*plan.warnings, *made.warnings]
         lineage.finish()

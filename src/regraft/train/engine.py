@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from regraft.errors import UserError
 from regraft.resize import surgery
 from regraft.train import heads, processes
+from regraft.train.board import Board
 from regraft.train.lora import restore_adapter, save_adapter
 from regraft.train.objective import Objective
 from regraft.train.options import TrainOptions
@@ -68,9 +69,11 @@ class Engine(transformers.Trainer):
         self._data, self._begin, self._adapter = data, 0, adapter
         self.optimizer: Any
         self.lr_scheduler: Any
+        self.control: Any
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
         self.team = processes.team(device)
+        self.board = Board(folder) if options.tensorboard else None
         arguments = transformers.TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
@@ -86,7 +89,7 @@ class Engine(transformers.Trainer):
             save_strategy="steps" if options.save_steps else "no",
             save_steps=options.save_steps or 500,
             save_total_limit=options.save_total_limit,
-            report_to=["tensorboard"] if options.tensorboard else [],
+            report_to=[],
             remove_unused_columns=False,
             label_names=[],
             ignore_data_skip=True,
@@ -100,7 +103,7 @@ class Engine(transformers.Trainer):
             model=model if self.divided is None else self.divided.model,
             args=arguments,
             data_collator=lambda pairs: objective.collate([e for _, e in pairs], [s for s, _ in pairs]),
-            callbacks=[_Steps(self, tell, stop)],
+            callbacks=[*([self.board] if self.board is not None else []), _Steps(self, tell, stop)],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             what = "the run was launched with weights that accelerate is to divide among processes"
@@ -120,7 +123,11 @@ class Engine(transformers.Trainer):
         if checkpoint is not None:
             state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
             self._begin = int(state["global_step"])
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        finally:
+            if self.board is not None:
+                self.board.close()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         o, world, rank = self.options, self.args.world_size, self.args.process_index
@@ -207,8 +214,9 @@ class Engine(transformers.Trainer):
                 parts = dict(zip(parts, self.accelerator.reduce(sums, reduction="mean"), strict=True))
             logs |= {name: float(value) / passes for name, value in parts.items()}
             self._sums = {}
-        logs.pop("epoch", None)
-        super().log(logs, start_time)
+        # What the Trainer would add, its epoch, is that of one long epoch which begins anew when a run goes on.
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # what the Trainer would count is wrong for modules that it does not know

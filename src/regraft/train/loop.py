@@ -203,7 +203,9 @@ def clear(folder: Path) -> None:
 
 
 def _claim(folder: Path, options: TrainOptions, examples: int | None, key: str) -> None:
-    """Make the folder this run's: checkpoints of another one in it are removed."""
+    """Make the folder this run's: checkpoints and logs of another one in it are removed."""
+    from regraft.train import board
+
     indifferent = {"logging_steps", "save_steps", "save_total_limit", "tensorboard", "dataloader_num_workers"}
     chosen = options.model_dump(mode="json", exclude=indifferent)
     asked = {"options": chosen, "examples": examples, "key": key, "processes": processes.count()}
@@ -214,6 +216,7 @@ def _claim(folder: Path, options: TrainOptions, examples: int | None, key: str) 
         known = json.loads(path.read_text(encoding="utf-8")).get("run") if path.is_file() else None
         if known != digest:
             clear(folder)
+            board.clear(folder)
             path.write_text(json.dumps({"run": digest, **asked}, indent=2) + "\n", encoding="utf-8")
     except (OSError, ValueError, AttributeError) as error:
         what = f"the folder for checkpoints cannot be used: {error}"

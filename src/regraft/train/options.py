@@ -56,7 +56,9 @@ class TrainOptions(Options):
         500, ge=0, description="steps between two checkpoints that a stopped run goes on from; 0 for none"
     )
     save_total_limit: int = Field(1, ge=1, description="how many of these are kept")
-    tensorboard: bool = Field(False, description="write logs that TensorBoard shows; needs the package tensorboard")
+    tensorboard: bool = Field(
+        False, description="write logs that TensorBoard shows, into the folder `runs`; needs the package tensorboard"
+    )
 
     @model_validator(mode="after")
     def _cooldown_fits(self) -> TrainOptions:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from regraft.errors import UserError
 from regraft.inspect.intervals import bootstrap
-from regraft.inspect.loading import Loaded, context_length, load_config, load_model, load_tokenizer
+from regraft.inspect.loading import Loaded, context_length, load_config, load_model, load_tokenizer, refuse_masked
 from regraft.inspect.metric import MetricOptions, Score, metric
 from regraft.inspect.rows import Row, group_of, read_rows
 
@@ -108,11 +108,7 @@ def _refuse_others(folder: Path) -> None:
     if config.is_encoder_decoder:
         what = "an encoder-decoder model has no perplexity of a text alone"
         raise UserError("RG602", what, where=str(folder), fix="evaluate a decoder-only language model")
-    # Encoders load as causal models too, with their attention masked otherwise than in training.
-    if any(name.endswith("ForMaskedLM") for name in config.architectures or ()):
-        what = "a masked language model has no perplexity, only a pseudo-perplexity that compares with nothing else"
-        fix = "evaluate it by accuracy or similarity after fine-tuning"
-        raise UserError("RG602", what, where=str(folder), fix=fix)
+    refuse_masked(config, folder, "no perplexity, only a pseudo-perplexity that compares with nothing else")
 
 
 def _tokens(row: Row, column: str, tokenizer: Any, tally: _Tally) -> list[int]:
