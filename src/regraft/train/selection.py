@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from regraft.errors import UserError
 from regraft.inspect import images
-from regraft.inspect.rows import Row
+from regraft.inspect.rows import Row, home_of
 from regraft.train.batches import DataOptions
 from regraft.train.data import Part
 from regraft.train.objective import Collate
@@ -214,7 +214,7 @@ class Pool:
 
     @property
     def home(self) -> Path:
-        return self.path if self.path.is_dir() else self.path.parent
+        return home_of(self.path)
 
     def row(self, number: int) -> Row:
         return Row(f"{self.path}, row {number + 1}", self.data[number])

@@ -28,7 +28,7 @@ from regraft.errors import UserError, nearest
 from regraft.inspect.intervals import Z
 from regraft.inspect.loading import load_config, load_model, load_tokenizer, quiet
 from regraft.inspect.metric import MetricOptions, Score, metric
-from regraft.inspect.rows import need
+from regraft.inspect.rows import home_of, need
 
 
 class LmEvalOptions(MetricOptions):
@@ -73,7 +73,7 @@ def lm_eval(model: Path, data: Path | None, options: LmEvalOptions) -> Score:
     kind = "AutoModelForSeq2SeqLM" if two else "AutoModelForCausalLM"
     loaded = load_model(model, kind, "language modelling", device=options.device)
     tokenizer = load_tokenizer(loaded)
-    manager = TaskManager(include_path=str(_folder(data)) if data is not None else None, include_defaults=data is None)
+    manager = TaskManager(include_path=str(home_of(data)) if data is not None else None, include_defaults=data is None)
     tasks = _tasks(manager, data, options)
     with quiet():
         asked = HFLM(
@@ -91,10 +91,6 @@ def lm_eval(model: Path, data: Path | None, options: LmEvalOptions) -> Score:
             raise UserError("RG601", what, where=", ".join(tasks), fix="check the task and its data") from None
     scores = {name: _score(found, name, options.measure) for name in tasks}
     return _mean(scores)
-
-
-def _folder(data: Path) -> Path:
-    return data if data.is_dir() else data.parent
 
 
 def _tasks(manager: Any, data: Path | None, options: LmEvalOptions) -> list[str]:
