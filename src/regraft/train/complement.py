@@ -76,7 +76,7 @@ def complement(
     example, columns = next(iter(rows)), chosen(o, DataOptions)
     batches = batches_for(model, folder, example, columns, data=path)
     sources = [Source(Teacher(model), batches.collate)]
-    sources += [open_source(Path(one), model, example, columns, path) for one in teachers.values()]
+    sources += [open_source(Path(one), model, batches, example, columns, path) for one in teachers.values()]
     if not batches.has_loss:
         what = f"there is no column {o.label!r} with the true classes"
         raise UserError("RG601", what, where=str(path), fix="name it: label=...")

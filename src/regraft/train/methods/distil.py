@@ -4,8 +4,9 @@
 
 L_logit compares the distributions of both heads (`kl`, `soft_ce`, `sym_kl`, `js` with a temperature, or `mse` of the
 logits), L_feature the hidden states of all blocks or of the last one (`mse` or `cosine`), L_own is the student's loss
-on labels. Both models read the same inputs: they need the same tokenizer, and for logits the same labels or vocabulary;
-for features the same width.
+on labels. Both models read the same inputs: they need the same tokenizer, and for logits the same vocabulary or classes
+of the same names (`id2label`), in whatever order; for features the same width. `mse` takes any head, the other losses
+those that choose one of several classes.
 """
 
 from __future__ import annotations

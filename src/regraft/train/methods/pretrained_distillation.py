@@ -41,10 +41,11 @@ from pydantic import Field, field_validator
 from regraft.errors import UserError
 from regraft.inspect.loading import device_of
 from regraft.methods import Paper
-from regraft.objectives.logits import Logits, class_names
+from regraft.objectives.logits import Logits
 from regraft.objectives.own_loss import OwnLoss
 from regraft.resize.surgery import load
 from regraft.train.batches import Batches, DataOptions, batches_for
+from regraft.train.class_names import class_names, name_classes
 from regraft.train.data import open_data
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.loop import steps_of
@@ -56,7 +57,7 @@ from regraft.train.stages import Stages
 from regraft.train.start import FitOptions
 from regraft.train.student import SizeOptions, student_of, with_classes
 from regraft.train.teacher import Teacher
-from regraft.train.views import see_alike, seen_by_both
+from regraft.train.views import own_batches, seen_by_both
 
 STAGES = ("pretrain", "distil", "fine_tune")
 _COMPARED = 20_000  # rows whose words are counted
@@ -141,8 +142,8 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
     term = Logits("soft_ce", o.temperature)
     term.prepare(classifier, original)
 
-    theirs = _their_collate(work, original, texts["data"], columns)
-    said = survey(Teacher(original.to(device_of(work.device))), theirs or inputs.collate, texts["data"])
+    theirs = own_batches(original, work.models["teacher"], inputs, _first(texts["data"]), columns, work.data)
+    said = survey(Teacher(original.to(device_of(work.device))), (theirs or inputs).collate, texts["data"])
 
     plans = {name: _options(o, name) for name in names}
     data = {"pretrain": corpus, "distil": texts["data"], "fine_tune": texts.get("labelled")}
@@ -151,7 +152,7 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
         stages.fit("pretrain", student, Sum(plain.collate, [(1.0, OwnLoss())]), corpus, plans["pretrain"])
         classifier = with_classes(student, labels, o.seed)
     if "distil" in names:
-        collate = seen_by_both(inputs.collate, theirs)
+        collate = seen_by_both(inputs.collate, theirs.collate if theirs else None)
         cache = FeatureCache(work.folder / "features", work.key) if o.cache_teacher else None
         teacher = Teacher(original, cache=cache)
         stages.fit("distil", classifier, Sum(collate, [(1.0, term)], teacher), data["distil"], plans["distil"])
@@ -169,6 +170,7 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
 
 
 def _labels(o: PretrainedDistillationOptions, teacher: Any) -> Sequence[str]:
+    """The names of the student's classes; a teacher whose classes have none is given them."""
     if not type(teacher).__name__.endswith("ForSequenceClassification"):
         what = f"the teacher is a {type(teacher).__name__}, not a classifier of texts"
         raise UserError("RG309", what, fix="fine-tune it with head: sequence_classification first")
@@ -179,6 +181,8 @@ def _labels(o: PretrainedDistillationOptions, teacher: Any) -> Sequence[str]:
     if found is not None and o.labels and set(found) != set(o.labels):
         what = f"labels are {', '.join(o.labels)} and the teacher's {', '.join(found)}"
         raise UserError("RG207", what, fix="leave labels out")
+    if found is None:
+        name_classes(teacher, o.labels)
     return o.labels or found or ()
 
 
@@ -218,13 +222,6 @@ def _need_apart(work: Work[Any], texts: dict[str, Any], columns: DataOptions) ->
             if held.has(pool.content(number)):
                 fix = "take it out, or leave out held_out"
                 raise UserError("RG601", "a held-out row is trained on", where=pool.row(number).where, fix=fix)
-
-
-def _their_collate(work: Work[Any], teacher: Any, data: Any, columns: DataOptions) -> Any:
-    if see_alike(work.models["model"], work.models["teacher"]):
-        return None
-    theirs: Batches = batches_for(teacher, work.models["teacher"], _first(data), columns, labels=False)
-    return theirs.collate
 
 
 def _options(o: PretrainedDistillationOptions, stage: str) -> TrainOptions:

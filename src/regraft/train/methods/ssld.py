@@ -38,9 +38,10 @@ from regraft.checkpoint import open_checkpoint
 from regraft.errors import UserError
 from regraft.inspect.loading import device_of
 from regraft.methods import Paper
-from regraft.objectives.logits import Logits, class_names
+from regraft.objectives.logits import Logits
 from regraft.resize.surgery import load
-from regraft.train.batches import Batches, DataOptions, batches_for
+from regraft.train.batches import DataOptions
+from regraft.train.class_names import class_names, name_classes
 from regraft.train.data import Joined, Part, open_data
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.loop import steps_of
@@ -51,7 +52,7 @@ from regraft.train.selection import HeldOut, Pool, Selection, select
 from regraft.train.stages import DONE, Stages
 from regraft.train.start import FitOptions, HeadOptions, Start, keeps_tensors, start
 from regraft.train.teacher import BATCH_NORMS, Teacher
-from regraft.train.views import AugmentOptions, see_alike, seen_by_both
+from regraft.train.views import AugmentOptions, own_batches, seen_by_both
 
 _SHARE = 12  # the paper trains 360 epochs, then 30
 _SLOWER = 100
@@ -120,8 +121,8 @@ def ssld(work: Work[SsldOptions]) -> Made:
     folder = work.models["teacher"]
     original = load(folder).float()
     _need_classifier(original, "teacher")
-    if o.head != "own" and not o.labels:
-        work = dataclasses.replace(work, options=o.model_copy(update={"labels": _labels_of(original)}))
+    if o.head != "own":
+        work = _with_labels(work, original)
     begun = start(work, labels=False)
     _need_classifier(begun.model, "student")
     term = Logits(o.loss)
@@ -129,7 +130,7 @@ def ssld(work: Work[SsldOptions]) -> Made:
     _check_teacher(o, original)
     source = open_checkpoint(str(folder))
     work.message(f"the teacher is {folder.name}: {source.parameters:,} parameters, content {source.digest()[:12]}")
-    theirs = _their_batches(work, begun, original)
+    theirs = own_batches(original, folder, begun.batches, begun.data[0], chosen(o, DataOptions), work.data)
     cache = FeatureCache(work.folder / "features", work.key) if o.cache_teacher else None
     teacher = Teacher(original, cache=cache, batch_statistics=o.teacher_batch_norm == "batch")
     collate = seen_by_both(begun.batches.collate, theirs.collate if theirs else None, chosen(o, AugmentOptions))
@@ -188,22 +189,17 @@ def _need_classifier(model: Any, role: str) -> None:
         raise UserError("RG309", f"the {role} is a {name}, not a classifier of images or texts", fix=fix)
 
 
-def _labels_of(teacher: Any) -> tuple[str, ...]:
-    names = class_names(teacher.config)
+def _with_labels(work: Work[SsldOptions], teacher: Any) -> Work[SsldOptions]:
+    """The work with the teacher's labels for a new head, or those that were given; they name a nameless teacher's."""
+    o, names = work.options, class_names(teacher.config)
+    if o.labels:
+        if names is None and len(o.labels) == teacher.config.num_labels:
+            name_classes(teacher, o.labels)
+        return work
     if names is None:
         fix = "give labels: [..., ...] in the order of the teacher's outputs"
         raise UserError("RG303", "the teacher's classes have no names that a new head could take", fix=fix)
-    return tuple(names)
-
-
-def _their_batches(work: Work[SsldOptions], begun: Start, teacher: Any) -> Batches | None:
-    """How the teacher is fed, if not with the student's own batches."""
-    first = begun.data[0]
-    ready = first.get(work.options.pixel_values) is not None
-    if ready or see_alike(work.models["model"], work.models["teacher"]):
-        return None
-    columns = chosen(work.options, DataOptions)
-    return batches_for(teacher, work.models["teacher"], first, columns, data=work.data, labels=False)
+    return dataclasses.replace(work, options=o.model_copy(update={"labels": tuple(names)}))
 
 
 def _pool(work: Work[SsldOptions], name: str) -> Pool:

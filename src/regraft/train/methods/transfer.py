@@ -218,7 +218,7 @@ def _open(work: Work[TransferOptions]) -> _Pair:
         if tokens:
             teachers[role] = _of_tokens(work.models[role], folder, student, batches, cache)
         else:
-            teachers[role] = open_source(work.models[role], student, example, columns, work.data, cache)
+            teachers[role] = open_source(work.models[role], student, batches, example, columns, work.data, cache)
     former = copy.deepcopy(student)
     try_out(Source(Teacher(former), batches.collate), example, "student")
     _check_batch_norm(student, o, None if o.stream else len(data))
