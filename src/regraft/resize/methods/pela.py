@@ -109,7 +109,7 @@ def pela(work: Work[PelaOptions]) -> Made:
     moments = None
     if o.init == "whitened":
         names = [layer.name for layer in plan(student, low_rank).factorised]
-        moments = input_moments(original, [batches.collate(g, [0] * len(g)) for g in groups], names)
+        moments = input_moments(student, [batches.collate(g, [0] * len(g)) for g in groups], names)
     made = factorise(student, low_rank, moments=moments)
     work.message(made.in_words())
     check_cache(o.packing, o.cache_teacher)
