@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from pydantic import Field
 
 from regraft.errors import UserError
@@ -17,7 +18,7 @@ from regraft.inspect.flips import Flips, flips
 from regraft.inspect.loading import device_of
 from regraft.resize.surgery import load
 from regraft.train.batches import DataOptions, batches_for
-from regraft.train.classes import Source, answers_of, open_source, try_out
+from regraft.train.classes import Answers, Source, answers_of, open_source, try_out
 from regraft.train.data import open_data
 from regraft.train.making import chosen
 from regraft.train.teacher import Teacher
@@ -83,14 +84,18 @@ def complement(
     try_out(sources[0], example, "student")
     labels, (own, *others) = answers_of(sources, rows, o.batch_size, device_of(device))
     assert labels is not None
-    assert own.of_label is not None
     names = {int(number): str(name) for number, name in model.config.id2label.items()}
-    found = {}
-    for name, one in zip(teachers, others, strict=True):
-        assert one.of_label is not None
-        found[name] = Complement(
-            flips(own.predicted, one.predicted, labels, names),
-            float((one.of_label > own.of_label).mean()),
-            float((one.confidence > own.confidence).mean()),
-        )
-    return found
+    return {name: compared(own, one, labels, names) for name, one in zip(teachers, others, strict=True)}
+
+
+def compared(own: Answers, other: Answers, labels: NDArray[Any], names: Mapping[int, str]) -> Complement:
+    """What a teacher knows that a student does not, from the answers of both to labelled examples."""
+    assert own.of_label is not None
+    assert other.of_label is not None
+    found = flips(own.predicted, other.predicted, labels, names)
+    return Complement(found, float((other.of_label > own.of_label).mean()), share_surer(own, other))
+
+
+def share_surer(own: Answers, other: Answers) -> float:
+    """The share of examples of which a teacher's most probable class has more than the student's."""
+    return float((other.confidence > own.confidence).mean())

@@ -85,7 +85,7 @@ def hiding(
 
 
 def hide_alike(student: Any, teacher: Any) -> None:
-    """Have a second auto-encoder, which reads the same batches, hide as many patches as the first and guess the same."""
+    """Have an auto-encoder that reads the batches of another one hide as many patches, and guess the same of them."""
     if is_auto_encoder(student) and is_auto_encoder(teacher):
         for name in ("mask_ratio", "norm_pix_loss"):
             setattr(teacher.config, name, getattr(student.config, name))

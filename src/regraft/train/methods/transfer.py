@@ -41,7 +41,7 @@ flips are left out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,18 +50,18 @@ import torch
 from pydantic import Field, model_validator
 
 from regraft.errors import UserError
-from regraft.inspect.flips import flips, transferred
+from regraft.inspect.loading import device_of
 from regraft.methods import Paper
 from regraft.objectives.transfer import Partition, Transfer, batch_norms
 from regraft.resize import surgery
 from regraft.train.batches import Batches, DataOptions, batches_for
-from regraft.train.classes import Answers, Source, answers_of, open_source, try_out
-from regraft.train.data import open_data
+from regraft.train.classes import Source, open_source, try_out
+from regraft.train.data import Part, open_data
 from regraft.train.feature_cache import FeatureCache
+from regraft.train.gains import Measured, evenly_spaced, held_out, measure
 from regraft.train.loop import train
 from regraft.train.making import Made, Work, chosen, maker
 from regraft.train.options import TrainOptions
-from regraft.train.order import example_seed, generator
 from regraft.train.teacher import Teacher
 from regraft.train.vocabulary import same_tokens
 
@@ -134,7 +134,7 @@ class _Pair:
     batches: Batches
     teachers: dict[str, Source]
     rows: Any  # that are trained on
-    measured: Sequence[Mapping[str, Any]]  # empty where nothing can be measured
+    measured: Part | None  # None where nothing can or need be measured
     dtype: torch.dtype
 
 
@@ -160,8 +160,17 @@ def transfer(work: Work[TransferOptions]) -> Made:
     teach, RG309 for labels that are not there, RG601 for data that one of the models cannot read."""
     o = work.options
     pair = _open(work)
-    before = _answers(pair, work, [Source(Teacher(pair.former), pair.batches.collate), *pair.teachers.values()])
-    facts, warnings = _known(o, pair, before)
+    facts: dict[str, Any] = {"teachers": [{"role": role} for role in pair.teachers]}
+    warnings: list[str] = []
+    measured: Measured | None = None
+    if pair.measured is not None:
+        former = Source(Teacher(pair.former), pair.batches.collate)
+        size = o.per_device_train_batch_size
+        measured = measure(pair.measured, former, pair.teachers, size=size, device=device_of(work.device))
+        names = {int(number): str(name) for number, name in pair.student.config.id2label.items()}
+        found, warnings = measured.facts(o.partition, names)
+        where = "held-out rows" if o.held_out else "rows of the data"
+        facts = {"rows": len(pair.measured), "measured_on": where, "teachers": found}
     if o.several == "sequential" and len(pair.teachers) > 1 and o.order != "given":
         accuracy = {fact["role"]: fact["flips"]["teacher"] for fact in facts["teachers"] if "flips" in fact}
         if len(accuracy) < len(pair.teachers):
@@ -179,8 +188,8 @@ def transfer(work: Work[TransferOptions]) -> Made:
             warnings.append(f"the teacher taught {mean:.1%} of the examples: too sure of itself, or of no use here")
     facts["order"] = list(pair.teachers)
     student = pair.student
-    if o.held_out:
-        student = _judged(work, pair, before, facts, warnings)
+    if o.held_out and measured is not None:
+        student = _judged(pair, measured, facts, warnings)
     diagnostics = {"training": {"steps": steps, "seconds": seconds, "history": history}, "transfer": facts}
     return Made(student.cpu().to(pair.dtype).eval(), diagnostics, warnings)
 
@@ -223,9 +232,11 @@ def _open(work: Work[TransferOptions]) -> _Pair:
     try_out(Source(Teacher(former), batches.collate), example, "student")
     _check_batch_norm(student, o, None if o.stream else len(data))
     rows: Any = data
-    measured: Sequence[Mapping[str, Any]] = []
-    if not o.stream and not tokens:
-        rows, measured = _divided(data, o)
+    measured: Part | None = None
+    if o.held_out:
+        rows, measured = held_out(data, o.held_out, o.seed)
+    elif o.measured_rows and not o.stream and not tokens:
+        measured = evenly_spaced(data, o.measured_rows)
     return _Pair(student, former, batches, teachers, rows, measured, dtype)
 
 
@@ -251,68 +262,6 @@ def _check_batch_norm(student: Any, o: TransferOptions, examples: int | None) ->
     if size == 1 or last:
         what = "a batch norm has nothing to compare a single example with, and a batch of one comes up"
         raise UserError("RG303", what, fix="change per_device_train_batch_size, or set drop_last or freeze_batch_norm")
-
-
-class _Rows(Sequence[Mapping[str, Any]]):
-    """Some rows of data, by their numbers."""
-
-    def __init__(self, data: Any, numbers: Sequence[int]) -> None:
-        self._data, self._numbers = data, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, number: Any) -> Any:
-        return self._data[self._numbers[number]]
-
-
-def _divided(data: Any, o: TransferOptions) -> tuple[Any, Sequence[Mapping[str, Any]]]:
-    """Rows to train on, and rows to measure on: those that are held out, or some of the former, evenly spaced."""
-    n = len(data)
-    if o.held_out:
-        order = torch.randperm(n, generator=generator(example_seed(o.seed, -3, 0))).tolist()
-        out = n - int(n * (1 - o.held_out))
-        if out == n:
-            what = f"{n} rows of which {o.held_out:.0%} are held out leave none to train on"
-            raise UserError("RG601", what, fix="give more data, or set held_out lower")
-        return _Rows(data, sorted(order[out:])), _Rows(data, sorted(order[:out]))
-    count = min(n, o.measured_rows)
-    return data, _Rows(data, [i * n // count for i in range(count)])
-
-
-def _answers(pair: _Pair, work: Work[TransferOptions], sources: Sequence[Source]) -> tuple[Any, list[Answers]]:
-    """Labels and answers on the measured rows."""
-    if not len(pair.measured):
-        return None, []
-    device = "cuda" if work.device != "cpu" and torch.cuda.is_available() else "cpu"
-    rows = (pair.measured[i] for i in range(len(pair.measured)))
-    return answers_of(sources, rows, work.options.per_device_train_batch_size, device)
-
-
-def _known(o: TransferOptions, pair: _Pair, before: tuple[Any, list[Answers]]) -> tuple[dict[str, Any], list[str]]:
-    """What the teachers know more, and remarks on it; RG213 if that is nothing."""
-    labels, answers = before
-    if not answers:
-        return {"teachers": [{"role": role} for role in pair.teachers]}, []
-    own, warnings, facts = answers[0], [], []
-    names = {int(number): str(name) for number, name in pair.student.config.id2label.items()}
-    for role, one in zip(pair.teachers, answers[1:], strict=True):
-        found = flips(own.predicted, one.predicted, labels, names) if labels is not None else None
-        by_label = one.of_label > own.of_label if one.of_label is not None and own.of_label is not None else None
-        surer = one.confidence > own.confidence
-        taught = by_label if o.partition == "supervised" else surer
-        fact: dict[str, Any] = {"role": role, "surer": float(surer.mean())}
-        if found is not None and by_label is not None:
-            fact |= {"flips": found.to_dict(), "surer_of_label": float(by_label.mean())}
-            if not found.positive and o.partition in ("supervised", "confidence"):
-                warnings.append(f"{role} is right nowhere where the student is wrong, on the {found.n} rows measured")
-        if o.partition in ("supervised", "confidence") and taught is not None and not taught.any():
-            what = f"{role} would teach none of the {len(taught)} rows measured"
-            fix = "take another teacher; regraft flips tells beforehand; measured_rows: 0 does not look"
-            raise UserError("RG213", what, fix=fix)
-        facts.append(fact)
-    where = "held-out rows" if o.held_out else "rows of the data"
-    return {"rows": len(own.predicted), "measured_on": where, "teachers": facts}, warnings
 
 
 # -- the transfer ----------------------------------------------------------------------------------------------------
@@ -354,23 +303,15 @@ def _learn(work: Work[TransferOptions], pair: _Pair) -> tuple[list[dict[str, flo
 # -- after -----------------------------------------------------------------------------------------------------------
 
 
-def _judged(
-    work: Work[TransferOptions],
-    pair: _Pair,
-    before: tuple[Any, list[Answers]],
-    facts: dict[str, Any],
-    warnings: list[str],
-) -> Any:
+def _judged(pair: _Pair, measured: Measured, facts: dict[str, Any], warnings: list[str]) -> Any:
     """The student that is kept: the one that learnt, unless it got worse on the rows that were held out."""
-    labels, (own, *others) = before
-    _, (now,) = _answers(pair, work, [Source(Teacher(copy.deepcopy(pair.student)), pair.batches.collate)])
-    told = [transferred(own.predicted, now.predicted, other.predicted, labels) for other in others]
-    for fact, found in zip(facts["teachers"], told, strict=True):
-        fact["transferred"] = found.to_dict()
-    before_it, after_it, n = told[0].before, told[0].after, told[0].n
-    facts["kept"] = after_it >= before_it
+    gains = measured.gains(Source(Teacher(copy.deepcopy(pair.student)), pair.batches.collate))
+    for fact in facts["teachers"]:
+        fact["transferred"] = gains[fact["role"]].to_dict()
+    one = next(iter(gains.values()))
+    facts["kept"] = one.after >= one.before
     if facts["kept"]:
         return pair.student
-    fell = f"the student fell from {before_it:.2%} to {after_it:.2%} on the {n} rows held out"
+    fell = f"the student fell from {one.before:.2%} to {one.after:.2%} on the {one.n} rows held out"
     warnings.append(f"{fell}, and is left as it was")
     return pair.former
