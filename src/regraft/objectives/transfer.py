@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from regraft.errors import UserError
@@ -28,6 +28,7 @@ from regraft.objectives.logits import logit_loss, predicts_next
 from regraft.train.classes import Source
 from regraft.train.objective import Batch, Collate, Objective
 from regraft.train.tap import look, unwrapped
+from regraft.train.teacher import batch_norms
 from regraft.train.views import seen_by_all, views
 
 Partition: TypeAlias = Literal["supervised", "confidence", "none", "self"]
@@ -154,11 +155,6 @@ class Transfer(Objective):
         entropy = functional.cross_entropy(logits.softmax(-1) if self.double_softmax else logits, labels)
         metrics["ce"] = entropy.detach()
         return self.alpha * divergence + (1 - self.alpha) * entropy, metrics
-
-
-def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The modules whose outputs depend on the other examples of a batch."""
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def _tokens(labels: Tensor | None, *, shifted: bool) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from regraft.inspect.loading import device_of
 from regraft.resize.surgery import load
 from regraft.train.batches import DataOptions, batches_for
 from regraft.train.classes import Answers, Source, answers_of, open_source, try_out
-from regraft.train.data import open_data
+from regraft.train.data import opened
 from regraft.train.making import chosen
 from regraft.train.teacher import Teacher
 
@@ -73,7 +73,7 @@ def complement(
     """
     o, path, folder = options or FlipOptions(), Path(data), Path(student)
     model = load(folder).float()
-    rows = open_data(path, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
+    rows = opened(path, o)
     example, columns = next(iter(rows)), chosen(o, DataOptions)
     batches = batches_for(model, folder, example, columns, data=path)
     sources = [Source(Teacher(model), batches.collate)]

@@ -127,8 +127,9 @@ def seen_by_all(student: Collate, teachers: Sequence[Collate | None], options: A
 def views(batch: Batch, teachers: int) -> tuple[Batch, list[Batch]]:
     """What the student and each of so many teachers see of a batch of `seen_by_all`."""
     names = _entries(teachers)
-    student = {name: value for name, value in batch.items() if name not in names}
-    return student, [batch.get(name, student) for name in names]
+    own = {name: batch[name] for name in names if isinstance(batch.get(name), Mapping)}
+    student = {name: value for name, value in batch.items() if name not in own}
+    return student, [own.get(name, student) for name in names]
 
 
 def _entries(teachers: int) -> list[str]:

@@ -37,7 +37,7 @@ from regraft.resize import cost
 from regraft.resize.factorise import LowRankOptions, factorise, input_moments, plan
 from regraft.resize.surgery import load
 from regraft.train.batches import DataOptions, batches_for
-from regraft.train.data import open_data
+from regraft.train.data import opened
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.loop import train
 from regraft.train.making import Made, Work, chosen, maker
@@ -45,10 +45,10 @@ from regraft.train.objective import Sum, Term
 from regraft.train.options import TrainOptions
 from regraft.train.packing import check_cache
 from regraft.train.processes import rank
-from regraft.train.teacher import Teacher, TeacherOptions, device_of
+from regraft.train.teacher import CacheOptions, Teacher, TeacherOptions, device_of
 
 
-class PelaOptions(LowRankOptions, DataOptions, TrainOptions, TeacherOptions):
+class PelaOptions(LowRankOptions, DataOptions, TrainOptions, TeacherOptions, CacheOptions):
     """Options of PELA; those of training are for the intermediate pre-training."""
 
     learning_rate: float = Field(1e-4, gt=0, le=10, description="the highest learning rate of AdamW")
@@ -66,9 +66,6 @@ class PelaOptions(LowRankOptions, DataOptions, TrainOptions, TeacherOptions):
     features: Literal["all", "last"] = Field("all", description="match all blocks, or the last one of each stack")
     init: Literal["svd", "whitened"] = Field("svd", description="factors that are best for weights, or on the data")
     calibration_rows: int = Field(256, ge=1, description="rows that whitening looks at")
-    cache_teacher: bool = Field(
-        False, description="keep what the teacher says on disk; pays for fixed inputs over several epochs"
-    )
 
 
 @maker(
@@ -95,7 +92,7 @@ def pela(work: Work[PelaOptions]) -> Made:
     dtype = student.dtype
     student.float()  # half precision is widened to be trained, and for what it is compared with
     original.float()
-    data = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
+    data = opened(work.data, o)
     first = next(iter(data))
     batches = batches_for(student, folder, first, chosen(o, DataOptions), data=work.data)
     task_weight = o.task_weight if o.task_weight is not None else float(batches.has_loss)
@@ -133,6 +130,6 @@ def pela(work: Work[PelaOptions]) -> Made:
         **cost.summary(measured),
         "low_rank": made.to_dict(),
         "cost": measured,
-        "training": {"steps": result.steps, "seconds": result.seconds, "history": result.history},
+        "training": result.facts(),
     }
     return Made(student.cpu().to(dtype).eval(), diagnostics, made.warnings)

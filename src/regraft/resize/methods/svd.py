@@ -22,7 +22,7 @@ from regraft.resize import cost
 from regraft.resize.factorise import LowRankOptions, factorise, input_moments, plan
 from regraft.resize.surgery import load
 from regraft.train.batches import DataOptions, batches_for
-from regraft.train.data import open_data
+from regraft.train.data import opened
 from regraft.train.making import Made, Work, chosen, maker
 
 
@@ -48,7 +48,7 @@ def svd(work: Work[SvdOptions]) -> Made:
     moments = None
     batch: dict[str, Any] | None = None
     if work.data is not None:
-        rows = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
+        rows = opened(work.data, o)
         examples = list(itertools.islice(iter(rows), o.calibration_rows))
         collate = batches_for(model, work.models["model"], examples[0], chosen(o, DataOptions), data=work.data).collate
         size = o.calibration_batch

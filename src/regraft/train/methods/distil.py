@@ -26,11 +26,11 @@ from regraft.train.objective import Sum, Term
 from regraft.train.packing import check_cache, check_packing
 from regraft.train.processes import rank
 from regraft.train.start import FitOptions, HeadOptions, fit, keeps_tensors, start
-from regraft.train.teacher import Teacher, TeacherOptions, device_of
+from regraft.train.teacher import CacheOptions, Teacher, TeacherOptions, device_of
 from regraft.train.vocabulary import same_tokens
 
 
-class DistilOptions(FitOptions, HeadOptions, TeacherOptions):
+class DistilOptions(FitOptions, HeadOptions, TeacherOptions, CacheOptions):
     """Options of distil."""
 
     logit_weight: float = Field(1.0, ge=0, description="of the logits")
@@ -40,9 +40,6 @@ class DistilOptions(FitOptions, HeadOptions, TeacherOptions):
     feature_loss: Literal["mse", "cosine"] = Field("mse", description="how hidden states are compared")
     features: Literal["all", "last"] = Field("all", description="compare all blocks, or the last one of each stack")
     task_weight: float = Field(0.0, ge=0, description="of the student's own loss on labels")
-    cache_teacher: bool = Field(
-        False, description="keep what the teacher says on disk; pays for fixed inputs over several epochs"
-    )
 
 
 @maker(room="train", summary="learn a teacher's logits and hidden states", options=DistilOptions,

@@ -46,7 +46,7 @@ from regraft.objectives.own_loss import OwnLoss
 from regraft.resize.surgery import load
 from regraft.train.batches import Batches, DataOptions, batches_for
 from regraft.train.class_names import class_names, name_classes
-from regraft.train.data import open_data
+from regraft.train.data import open_data, opened
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.loop import steps_of
 from regraft.train.making import Made, Work, chosen, maker
@@ -56,14 +56,14 @@ from regraft.train.selection import HeldOut, Pool, survey
 from regraft.train.stages import Stages
 from regraft.train.start import FitOptions
 from regraft.train.student import SizeOptions, student_of, with_classes
-from regraft.train.teacher import Teacher
+from regraft.train.teacher import CacheOptions, Teacher
 from regraft.train.views import own_batches, seen_by_both
 
 STAGES = ("pretrain", "distil", "fine_tune")
 _COMPARED = 20_000  # rows whose words are counted
 
 
-class PretrainedDistillationOptions(FitOptions):
+class PretrainedDistillationOptions(FitOptions, CacheOptions):
     """Options of pretrained_distillation; those of training are for all stages, the prefixed ones for one of them."""
 
     init: Literal["weights", "layers", "bottom", "embeddings", "random"] = Field(
@@ -81,7 +81,6 @@ class PretrainedDistillationOptions(FitOptions):
     fine_tune_max_steps: int | None = Field(None, ge=1, description="steps of fine-tuning")
     fine_tune_num_train_epochs: float | None = Field(None, gt=0, description="passes of fine-tuning over its texts")
     temperature: float = Field(1.0, gt=0, description="both logits are divided by it")
-    cache_teacher: bool = Field(False, description="keep what the teacher says on disk; pays over several epochs")
 
     @field_validator("stages")
     @classmethod
@@ -119,6 +118,7 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
     names: tuple[str, ...] = o.stages or (*STAGES[:2], *(STAGES[2:] if "labelled" in work.sources else ()))
     if "fine_tune" in names and "labelled" not in work.sources:
         raise UserError("RG601", "the stage fine_tune needs labelled data", fix="add labelled: ..., or leave it out")
+    assert work.data is not None
     folder, columns = work.models["model"], chosen(o, DataOptions)
     original = load(work.models["teacher"]).float()
     labels = _labels(o, original)
@@ -128,7 +128,7 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
     student.float()
 
     # Everything is looked at before anything is trained.
-    texts = {"data": _opened(work, o), **{name: open_data(path) for name, path in work.sources.items()}}
+    texts = {"data": opened(work.data, o), **{name: open_data(path) for name, path in work.sources.items()}}
     _need_apart(work, texts, columns)
     corpus = texts.get("corpus", texts["data"])
     plain = _plain_batches(student, folder, _first(corpus), columns) if "pretrain" in names else None
@@ -147,7 +147,7 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
 
     plans = {name: _options(o, name) for name in names}
     data = {"pretrain": corpus, "distil": texts["data"], "fine_tune": texts.get("labelled")}
-    stages = Stages(work, sum(steps_of(plan, _length(data[name])) for name, plan in plans.items()))
+    stages = Stages(work, sum(steps_of(plan, data[name]) for name, plan in plans.items()))
     if plain is not None:
         stages.fit("pretrain", student, Sum(plain.collate, [(1.0, OwnLoss())]), corpus, plans["pretrain"])
         classifier = with_classes(student, labels, o.seed)
@@ -192,11 +192,6 @@ def _plain_batches(student: Any, folder: Path, first: Any, columns: DataOptions)
         what = f"a {type(student).__name__} has no language model's loss to be pre-trained with"
         raise UserError("RG309", what, fix="take a masked or causal language model, or leave out the stage pretrain")
     return found
-
-
-def _opened(work: Work[Any], o: PretrainedDistillationOptions) -> Any:
-    assert work.data is not None
-    return open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
 
 
 def _first(data: Any) -> Any:

@@ -29,7 +29,6 @@ a larger image size is not part of this.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -40,6 +39,7 @@ from regraft.inspect.loading import device_of
 from regraft.methods import Paper
 from regraft.objectives.logits import Logits
 from regraft.resize.surgery import load
+from regraft.train import processes
 from regraft.train.batches import DataOptions
 from regraft.train.class_names import class_names, name_classes
 from regraft.train.data import Joined, Part, open_data
@@ -51,14 +51,14 @@ from regraft.train.options import TrainOptions
 from regraft.train.selection import HeldOut, Pool, Selection, select
 from regraft.train.stages import DONE, Stages
 from regraft.train.start import FitOptions, HeadOptions, Start, keeps_tensors, start
-from regraft.train.teacher import BATCH_NORMS, Teacher
+from regraft.train.teacher import CacheOptions, Teacher, batch_norms
 from regraft.train.views import AugmentOptions, own_batches, seen_by_both
 
 _SHARE = 12  # the paper trains 360 epochs, then 30
 _SLOWER = 100
 
 
-class SsldOptions(FitOptions, HeadOptions, AugmentOptions):
+class SsldOptions(FitOptions, HeadOptions, AugmentOptions, CacheOptions):
     """Options of ssld; those of training are for the long one."""
 
     learning_rate: float = Field(1e-3, gt=0, le=10, description="the highest learning rate of AdamW")
@@ -86,9 +86,6 @@ class SsldOptions(FitOptions, HeadOptions, AugmentOptions):
     )
     teacher_batch_norm: Literal["running", "batch"] = Field(
         "running", description="which statistics the teacher's batch norms use"
-    )
-    cache_teacher: bool = Field(
-        False, description="keep what the teacher says on disk; for inputs that are not augmented"
     )
 
 
@@ -148,8 +145,8 @@ def ssld(work: Work[SsldOptions]) -> Made:
         warnings += _remarks(selection)
     else:
         warnings.append("without unlabelled data the student learned from the inputs of data alone")
-    long, short = _schedules(o, len(data), len(begun.data), bool(selection))
-    stages = Stages(work, steps_of(long, len(data)) + (steps_of(short, len(begun.data)) if short else 0))
+    long, short = _schedules(o, selected=selection is not None)
+    stages = Stages(work, steps_of(long, data) + (steps_of(short, begun.data) if short else 0))
     stages.fit("long", begun.model, objective, data, long)
     if short is not None:
         stages.fit("short", begun.model, objective, begun.data, short)
@@ -176,10 +173,8 @@ def _check(work: Work[SsldOptions]) -> None:
 
 
 def _check_teacher(o: SsldOptions, teacher: Any) -> None:
-    normed = any(isinstance(module, BATCH_NORMS) for module in teacher.modules())
-    if o.teacher_batch_norm == "batch" and not normed:
-        what = "the teacher has no batch norms"
-        raise UserError("RG303", what, fix="leave teacher_batch_norm out")
+    if o.teacher_batch_norm == "batch" and not batch_norms(teacher):
+        raise UserError("RG303", "the teacher has no batch norms", fix="leave teacher_batch_norm out")
 
 
 def _need_classifier(model: Any, role: str) -> None:
@@ -208,11 +203,20 @@ def _pool(work: Work[SsldOptions], name: str) -> Pool:
 
 
 def _chosen(work: Work[SsldOptions], begun: Start, original: Any, collate: Collate, pool: Pool) -> Selection:
-    """The selection, from a former run if that had come so far."""
-    o = work.options
+    """The selection, from a former run if that had come so far; of several processes the first one selects."""
     kept = work.folder / f"{DONE}selection.json"
-    if (found := Selection.kept(kept, work.key)) is not None:
-        return found
+    everyone = processes.team(work.device)
+    if everyone.first and Selection.kept(kept, work.key) is None:
+        work.folder.mkdir(parents=True, exist_ok=True)
+        _select(work, begun, original, collate, pool).save(kept, work.key)
+    everyone.meet()
+    found = Selection.kept(kept, work.key)
+    assert found is not None
+    return found
+
+
+def _select(work: Work[SsldOptions], begun: Start, original: Any, collate: Collate, pool: Pool) -> Selection:
+    o = work.options
     held_out = None
     if "held_out" in work.sources:
         apart = _pool(work, "held_out")
@@ -222,8 +226,6 @@ def _chosen(work: Work[SsldOptions], begun: Start, original: Any, collate: Colla
     teacher = Teacher(original.to(device_of(work.device)))
     work.message(f"choosing among {len(pool.data):,} rows of {pool.path.name}")
     found = select(teacher, collate, pool, o.per_class, seen=seen, held_out=held_out)
-    Path(work.folder).mkdir(parents=True, exist_ok=True)
-    found.save(kept, work.key)
     work.message(
         f"{len(found.rows):,} rows chosen, {found.copies:,} copies and {found.held_out:,} held-out rows left out"
     )
@@ -237,10 +239,10 @@ def _remarks(selection: Selection) -> list[str]:
     return [f"the teacher found no unlabelled row for {len(selection.empty)} of its classes: {shown}"]
 
 
-def _schedules(o: SsldOptions, rows: int, own: int, mined: bool) -> tuple[TrainOptions, TrainOptions | None]:
-    """Options of the long training over `rows`, and of the short one over `own`, if there is one."""
+def _schedules(o: SsldOptions, *, selected: bool) -> tuple[TrainOptions, TrainOptions | None]:
+    """Options of the long training and of the short one, if there is one."""
     long = chosen(o, TrainOptions)
-    if not mined or o.finish_num_train_epochs == 0:
+    if not selected or o.finish_num_train_epochs == 0:
         return long, None
     rate = o.finish_learning_rate or o.learning_rate / _SLOWER
     changes: dict[str, Any] = {"learning_rate": rate, "max_steps": None}

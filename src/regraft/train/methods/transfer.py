@@ -41,7 +41,6 @@ flips are left out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,21 +51,22 @@ from pydantic import Field, model_validator
 from regraft.errors import UserError
 from regraft.inspect.loading import device_of
 from regraft.methods import Paper
-from regraft.objectives.transfer import Partition, Transfer, batch_norms
+from regraft.objectives.transfer import Partition, Transfer
 from regraft.resize import surgery
 from regraft.train.batches import Batches, DataOptions, batches_for
 from regraft.train.classes import Source, open_source, try_out
-from regraft.train.data import Part, open_data
+from regraft.train.data import Part, opened
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.gains import Measured, evenly_spaced, held_out, measure
-from regraft.train.loop import train
+from regraft.train.loop import TrainResult, steps_of, train
 from regraft.train.making import Made, Work, chosen, maker
 from regraft.train.options import TrainOptions
-from regraft.train.teacher import Teacher
+from regraft.train.stages import Progress, joined
+from regraft.train.teacher import CacheOptions, Teacher, batch_norms
 from regraft.train.vocabulary import same_tokens
 
 
-class TransferOptions(DataOptions, TrainOptions):
+class TransferOptions(DataOptions, TrainOptions, CacheOptions):
     """Options of transfer."""
 
     partition: Partition = Field(
@@ -92,9 +92,6 @@ class TransferOptions(DataOptions, TrainOptions):
         0.0, ge=0, le=0.9, description="share of the data that is not trained on, but measured before and after"
     )
     freeze_batch_norm: bool = Field(False, description="batch norms keep the statistics that they have")
-    cache_teacher: bool = Field(
-        False, description="keep what frozen models say on disk; pays for fixed inputs over several epochs"
-    )
     optimizer: Literal["adamw", "sgd"] = Field("sgd", description="AdamW, or gradient descent with momentum")
     learning_rate: float = Field(1e-4, gt=0, le=10, description="the highest learning rate; scale it with the batch")
     weight_decay: float = Field(1e-4, ge=0, description="decay of matrices; biases and norms do not decay")
@@ -179,8 +176,8 @@ def transfer(work: Work[TransferOptions]) -> Made:
         falling = -1 if o.order == "descending" else 1
         ordered = sorted(pair.teachers, key=lambda role: falling * accuracy[role])
         pair.teachers = {role: pair.teachers[role] for role in ordered}
-    history, seconds, steps = _learn(work, pair)
-    shares = [entry["taught"] for entry in history if "taught" in entry]
+    result = _learn(work, pair)
+    shares = [entry["taught"] for entry in result.history if "taught" in entry]
     if shares and o.partition in ("supervised", "confidence"):
         mean = sum(shares) / len(shares)
         facts["taught"] = mean
@@ -190,7 +187,7 @@ def transfer(work: Work[TransferOptions]) -> Made:
     student = pair.student
     if o.held_out and measured is not None:
         student = _judged(pair, measured, facts, warnings)
-    diagnostics = {"training": {"steps": steps, "seconds": seconds, "history": history}, "transfer": facts}
+    diagnostics = {"training": result.facts(), "transfer": facts}
     return Made(student.cpu().to(pair.dtype).eval(), diagnostics, warnings)
 
 
@@ -203,7 +200,7 @@ def _open(work: Work[TransferOptions]) -> _Pair:
     student = surgery.load(folder)
     dtype = student.dtype
     student.float()
-    data = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
+    data = opened(work.data, o)
     example, columns = next(iter(data)), chosen(o, DataOptions)
     batches = batches_for(student, folder, example, columns, data=work.data)
     if batches.kind == "pairs":
@@ -267,13 +264,14 @@ def _check_batch_norm(student: Any, o: TransferOptions, examples: int | None) ->
 # -- the transfer ----------------------------------------------------------------------------------------------------
 
 
-def _learn(work: Work[TransferOptions], pair: _Pair) -> tuple[list[dict[str, float]], float, int]:
-    """Train the student, by one stage per teacher or in one for all; the log, the seconds and the steps."""
-    o = work.options
+def _learn(work: Work[TransferOptions], pair: _Pair) -> TrainResult:
+    """Train the student, by one stage per teacher or in one for all; told as one training."""
+    o, options = work.options, chosen(work.options, TrainOptions)
     sources = list(pair.teachers.values())
     stages = [[one] for one in sources] if o.several == "sequential" else [sources]
-    history: list[dict[str, float]] = []
-    seconds, steps = 0.0, 0
+    steps = steps_of(options, pair.rows)
+    progress = Progress(work.tell, len(stages) * steps)
+    results = []
     for number, teachers in enumerate(stages):
         folder = work.folder / f"teacher-{number + 1}" if len(stages) > 1 else work.folder
         former = None
@@ -287,17 +285,11 @@ def _learn(work: Work[TransferOptions], pair: _Pair) -> tuple[list[dict[str, flo
             top_k=o.top_k, skip_negative_flips=o.negative_flips == "skip", double_softmax=o.double_softmax,
             freeze_batch_norm=o.freeze_batch_norm,
         )  # fmt: skip
-
-        def tell(step: int, of: int, figures: Mapping[str, float], done: int = number) -> None:
-            work.tell(done * of + step, len(stages) * of, figures)
-
-        result = train(
-            pair.student, objective, pair.rows, chosen(o, TrainOptions), folder=folder,
-            key=f"{work.key} {number}", device=work.device, tell=tell,
-        )  # fmt: skip
-        history += [{**entry, "step": entry["step"] + steps} for entry in result.history]
-        seconds, steps = seconds + result.seconds, steps + result.steps
-    return history, seconds, steps
+        results.append(train(
+            pair.student, objective, pair.rows, options, folder=folder,
+            key=f"{work.key} {number}", device=work.device, tell=progress.behind(number * steps),
+        ))  # fmt: skip
+    return joined(results)
 
 
 # -- after -----------------------------------------------------------------------------------------------------------
