@@ -76,13 +76,18 @@ def classifier(model: Path, data: Path, options: ClassifierOptions) -> Classifie
     return Classifier(model, data, options, names, _predictor(loaded, kind, data, options, notes), notes)
 
 
+def names_by_number(config: Any) -> dict[int, str]:
+    """Number -> name of a classifier's outputs, in order."""
+    return dict(sorted((int(number), str(name)) for number, name in config.id2label.items()))
+
+
 def label_names(loaded: Loaded) -> Mapping[int, str]:
     """Number -> name of a head that gives one class per row. Raises RG602 for other heads."""
     config = loaded.config
-    names = {int(i): str(name) for i, name in config.id2label.items()}
+    names = names_by_number(config)
     if len(names) < 2 or config.problem_type in ("regression", "multi_label_classification"):
         what = f"the model's head has {len(names)} output(s) of type {config.problem_type or 'regression'}"
-        fix = "evaluate a model whose head gives one class per row"
+        fix = "take a model whose head gives one class per row"
         raise UserError("RG602", what, where=str(loaded.folder), fix=fix)
     return names
 

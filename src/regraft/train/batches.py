@@ -20,6 +20,7 @@ from torch import Tensor
 
 from regraft.errors import UserError, nearest
 from regraft.inspect import images
+from regraft.inspect.classification import names_by_number
 from regraft.inspect.inputs import PairOptions, texts_of
 from regraft.inspect.loading import Loaded, context_length, load_tokenizer, text_part
 from regraft.inspect.rows import Row, home_of
@@ -334,7 +335,7 @@ def _labels(model: Any, examples: Sequence[Mapping[str, Any]], column: str) -> T
 def _class(row: Row, column: str, config: Any) -> int:
     value = row.get(column)
     if isinstance(value, str):
-        known = {str(name): int(number) for number, name in config.id2label.items()}
+        known = {name: number for number, name in names_by_number(config).items()}
         if value not in known:
             fix = nearest(value, known)
             raise UserError("RG601", f"the model has no label {value!r}", where=row.where, fix=fix)

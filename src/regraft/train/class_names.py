@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import UserError
+from regraft.inspect.classification import names_by_number
 
 _NAMES = "names are id2label in config.json"
 
@@ -66,4 +67,4 @@ def need_one_class_each(model: Any) -> None:
 
 
 def _all_names(config: Any) -> list[str]:
-    return [str(name) for _, name in sorted((int(i), name) for i, name in config.id2label.items())]
+    return list(names_by_number(config).values())

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from regraft.errors import UserError
+from regraft.inspect.classification import names_by_number
 from regraft.inspect.flips import Flips, flips
 from regraft.inspect.loading import device_of
 from regraft.resize.surgery import load
@@ -84,8 +85,8 @@ def complement(
     try_out(sources[0], example, "student")
     labels, (own, *others) = answers_of(sources, rows, o.batch_size, device_of(device))
     assert labels is not None
-    names = {int(number): str(name) for number, name in model.config.id2label.items()}
-    return {name: compared(own, one, labels, names) for name, one in zip(teachers, others, strict=True)}
+    classes = names_by_number(model.config)
+    return {name: compared(own, one, labels, classes) for name, one in zip(teachers, others, strict=True)}
 
 
 def compared(own: Answers, other: Answers, labels: NDArray[Any], names: Mapping[int, str]) -> Complement:

@@ -45,6 +45,7 @@ from torch import Tensor
 from regraft.errors import UserError, nearest
 from regraft.inspect import answers as ask
 from regraft.inspect import images
+from regraft.inspect.classification import label_names
 from regraft.inspect.inputs import PairOptions, input_of
 from regraft.inspect.intervals import wilson
 from regraft.inspect.loading import Loaded, context_length, load_model, load_tokenizer, text_part, tokenize
@@ -127,13 +128,7 @@ class _Session:
     @cached_property
     def names(self) -> Mapping[int, str]:
         """Label number -> name."""
-        config = self.loaded.config
-        names = {int(i): str(name) for i, name in config.id2label.items()}
-        if len(names) < 2 or config.problem_type in ("regression", "multi_label_classification"):
-            what = f"the model's head has {len(names)} output(s) of type {config.problem_type or 'regression'}"
-            fix = "probe a model whose head gives one label per input"
-            raise UserError("RG602", what, where=str(self.loaded.folder), fix=fix)
-        return names
+        return label_names(self.loaded)
 
     @cached_property
     def words(self) -> list[str]:

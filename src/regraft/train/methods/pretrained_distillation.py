@@ -29,9 +29,10 @@ on labelled data.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,20 +199,18 @@ def _first(data: Any) -> Any:
     return next(iter(data))
 
 
-def _length(data: Any) -> int | None:
-    return len(data) if hasattr(data, "__len__") else None
-
-
 def _need_apart(work: Work[Any], texts: dict[str, Any], columns: DataOptions) -> None:
     """Raise RG601 if a held-out row is in the data that is trained on."""
     if "held_out" not in texts:
         return
-    apart = Pool(texts["held_out"], work.sources["held_out"], columns)
-    held = HeldOut([apart.content(i) for i in range(len(apart.data))], 1.0)
+    held = HeldOut(Pool(texts["held_out"], work.sources["held_out"], columns).contents(), 1.0)
     for name in ("data", "labelled"):
         path = work.sources.get(name, work.data)
-        if name not in texts or path is None or _length(texts[name]) is None:
+        if name not in texts or path is None:
             continue
+        if not isinstance(texts[name], Sized):
+            what = "held_out is looked for in all rows of data, which a stream does not have"
+            raise UserError("RG303", what, fix="set stream to false, or leave out held_out")
         pool = Pool(texts[name], path, columns)
         for number in range(len(pool.data)):
             if held.has(pool.content(number)):
@@ -250,5 +249,5 @@ def distance(transfer: Sequence[str], labelled: Sequence[str]) -> dict[str, floa
 
 
 def _words(data: Any, column: str) -> list[str]:
-    count = min(_length(data) or 0, _COMPARED)
-    return [word for i in range(count) for word in re.findall(r"\w+", str(data[i].get(column, "")).lower())]
+    rows = itertools.islice(iter(data), _COMPARED)
+    return [word for row in rows for word in re.findall(r"\w+", str(row.get(column, "")).lower())]

@@ -219,8 +219,7 @@ def _select(work: Work[SsldOptions], begun: Start, original: Any, collate: Colla
     o = work.options
     held_out = None
     if "held_out" in work.sources:
-        apart = _pool(work, "held_out")
-        held_out = HeldOut([apart.content(i) for i in range(len(apart.data))], o.duplicate_similarity)
+        held_out = HeldOut(_pool(work, "held_out").contents(), o.duplicate_similarity)
     assert work.data is not None
     seen = Pool(begun.data, work.data, chosen(o, DataOptions))
     teacher = Teacher(original.to(device_of(work.device)))

@@ -49,6 +49,7 @@ import torch
 from pydantic import Field, model_validator
 
 from regraft.errors import UserError
+from regraft.inspect.classification import names_by_number
 from regraft.inspect.loading import device_of
 from regraft.methods import Paper
 from regraft.objectives.transfer import Partition, Transfer
@@ -164,8 +165,7 @@ def transfer(work: Work[TransferOptions]) -> Made:
         former = Source(Teacher(pair.former), pair.batches.collate)
         size = o.per_device_train_batch_size
         measured = measure(pair.measured, former, pair.teachers, size=size, device=device_of(work.device))
-        names = {int(number): str(name) for number, name in pair.student.config.id2label.items()}
-        found, warnings = measured.facts(o.partition, names)
+        found, warnings = measured.facts(o.partition, names_by_number(pair.student.config))
         where = "held-out rows" if o.held_out else "rows of the data"
         facts = {"rows": len(pair.measured), "measured_on": where, "teachers": found}
     if o.several == "sequential" and len(pair.teachers) > 1 and o.order != "given":
