@@ -33,7 +33,7 @@ from regraft.inspect.loading import (
     unused_missing,
 )
 from regraft.inspect.metric import MetricOptions, Score
-from regraft.inspect.rows import Row, group_of, home_of, in_batches, read_rows
+from regraft.inspect.rows import Row, group_of, home_of, in_batches, need, read_rows
 
 Floats = NDArray[np.float32]
 
@@ -195,7 +195,8 @@ def label_of(row: Row, column: str) -> str:
 
 
 def check_rows(data: Path, options: NeighbourOptions) -> None:
-    """Raise what `labelled` would raise at the first row of the data, or of `train_data`."""
+    """Raise what `labelled` would raise at the first row of the data or of `train_data`; RG602 without scikit-learn."""
+    need("sklearn", "eval", "learning classes from embeddings")
     for path in (data, *([Path(options.train_data)] if options.train_data else [])):
         check_labelled(path, options)
 

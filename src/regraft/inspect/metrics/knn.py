@@ -16,7 +16,6 @@ from pydantic import Field
 from regraft.errors import UserError
 from regraft.inspect.embedding import NeighbourOptions, check_rows, embedder, labelled, share_right
 from regraft.inspect.metric import Score, metric
-from regraft.inspect.rows import need
 
 
 class KnnOptions(NeighbourOptions):
@@ -27,20 +26,15 @@ class KnnOptions(NeighbourOptions):
     weights: Literal["uniform", "distance"] = Field("uniform", description="votes count alike, or by 1 / distance")
 
 
-def _check(data: Path, options: KnnOptions) -> None:
-    need("sklearn", "eval", "the metric knn")
-    check_rows(data, options)
-
-
 @metric(
     summary="accuracy of nearest neighbours among a model's embeddings",
     options=KnnOptions,
-    check=_check,
+    check=check_rows,
     files=("train_data",),
 )
 def knn(model: Path, data: Path, options: KnnOptions) -> Score:
     """Raises RG601 for data, RG602 for models that cannot be used. Memory: the vectors of all rows."""
-    _check(data, options)
+    check_rows(data, options)
     from sklearn.neighbors import KNeighborsClassifier
 
     embed = embedder(model, options, data)

@@ -20,7 +20,6 @@ from pydantic import Field
 from regraft.errors import UserError
 from regraft.inspect.embedding import Labelled, NeighbourOptions, check_rows, embedder, labelled, share_right
 from regraft.inspect.metric import Score, metric
-from regraft.inspect.rows import need
 
 
 class LinearProbeOptions(NeighbourOptions):
@@ -32,20 +31,15 @@ class LinearProbeOptions(NeighbourOptions):
     seed: int = Field(0, ge=0, lt=2**32, description="of the division into folds")
 
 
-def _check(data: Path, options: LinearProbeOptions) -> None:
-    need("sklearn", "eval", "the metric linear_probe")
-    check_rows(data, options)
-
-
 @metric(
     summary="accuracy of a logistic regression on a model's frozen embeddings",
     options=LinearProbeOptions,
-    check=_check,
+    check=check_rows,
     files=("train_data",),
 )
 def linear_probe(model: Path, data: Path, options: LinearProbeOptions) -> Score:
     """Raises RG601 for data, RG602 for models that cannot be used. Memory: the vectors of all rows."""
-    _check(data, options)
+    check_rows(data, options)
     embed = embedder(model, options, data)
     asked = labelled(embed, data, options, limit=options.limit)
     if options.train_data is None:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from regraft.errors import UserError
 from regraft.objectives.features import Features
-from regraft.objectives.logits import Logits
+from regraft.objectives.logits import Kind, Logits
 from regraft.objectives.own_loss import OwnLoss
 from regraft.resize.surgery import load
 from regraft.train.feature_cache import FeatureCache
@@ -34,7 +34,7 @@ class DistilOptions(FitOptions, HeadOptions, TeacherOptions, CacheOptions):
     """Options of distil."""
 
     logit_weight: float = Field(1.0, ge=0, description="of the logits")
-    logit_loss: Literal["kl", "soft_ce", "sym_kl", "js", "mse"] = Field("kl", description="how logits are compared")
+    logit_loss: Kind = Field("kl", description="how logits are compared")
     temperature: float = Field(1.0, gt=0, description="both logits are divided by it")
     feature_weight: float = Field(0.0, ge=0, description="of the hidden states")
     feature_loss: Literal["mse", "cosine"] = Field("mse", description="how hidden states are compared")
@@ -45,7 +45,7 @@ class DistilOptions(FitOptions, HeadOptions, TeacherOptions, CacheOptions):
 @maker(room="train", summary="learn a teacher's logits and hidden states", options=DistilOptions,
        roles={"teacher": True}, same_tensors=keeps_tensors)  # fmt: skip
 def distil(work: Work[DistilOptions]) -> Made:
-    """Raises RG204 and RG201 for models that do not go together, RG309 for labels that are not there."""
+    """Raises RG204, RG207 and RG201 for models that do not go together, RG309 for labels that are not there."""
     o = work.options
     begun = start(work)
     if o.task_weight and not begun.batches.has_loss:
