@@ -11,7 +11,7 @@ import importlib
 import itertools
 import json
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,6 @@ def read_rows(path: Path, *, split: str | None = None, limit: int | None = None)
 def home_of(data: Path) -> Path:
     """The folder that the file names in some data are relative to."""
     return data if data.is_dir() else data.parent
-
-
-def check_columns(path: Path, columns: Sequence[str], *, split: str | None = None) -> None:
-    """Raise what reading would raise at the first row, and RG601 if it lacks one of the columns."""
-    first = next(read_rows(path, split=split, limit=1))
-    for column in columns:
-        first.get(column)
 
 
 def group_of(row: Row, column: str | None) -> str | None:

@@ -68,14 +68,14 @@ class Batches:
             "texts" or "images".
         has_loss: whether the batches hold what the model's own loss needs.
         tokenizer: of models that read texts.
-        preparation: of texts or images alone, how they become inputs: equal for models that read the same ones.
+        preparation: names how texts, or images, become inputs: equal for models that read the same ones, "" for others.
     """
 
     collate: Callable[[Sequence[Mapping[str, Any]], Sequence[int]], dict[str, Any]]
     kind: str
     has_loss: bool
     tokenizer: Any = None
-    preparation: str = ""
+    preparation: Callable[[], str] = lambda: ""  # a digest of all of a tokenizer, so it is taken where it is needed
 
 
 def batches_for(
@@ -111,7 +111,7 @@ def batches_for(
     if o.packing and not (causal and labels):
         what = f"texts are packed for the own loss of causal language models, and this is a {name}"
         raise UserError("RG309", what, fix="set packing to false")
-    pixels, how = _pixels(loaded, example, o, home) if sees else (None, "")
+    pixels, how = _pixels(loaded, example, o, home) if sees else (None, lambda: "")
     if pixels is not None and guesses_patches(model) and (labels or is_auto_encoder(model)):
         return Batches(hiding(model, pixels, o.mask_ratio, o.norm_pix_loss), "masked images", labels)
     if labels and (o.mask_ratio is not None or o.norm_pix_loss is not None):
@@ -142,7 +142,7 @@ def batches_for(
     has_loss = labels and "SequenceClassification" in name and _has(example, o.label)
     kind = "text classes" if has_loss else "texts"
     collate = _classes(model, texts, o if has_loss else None)
-    return Batches(collate, kind, has_loss, texts.tokenizer, texts.preparation())
+    return Batches(collate, kind, has_loss, texts.tokenizer, texts.preparation)
 
 
 class _Texts:
@@ -300,7 +300,7 @@ def _pairs(texts: _Texts, pixels: Any, with_loss: bool) -> Callable[..., dict[st
 
 def _pixels(
     loaded: Loaded, example: Mapping[str, Any], o: DataOptions, home: Path
-) -> tuple[Callable[..., Tensor], str]:
+) -> tuple[Callable[..., Tensor], Callable[[], str]]:
     """A function from examples to pixels (B, C, H, W), and how it prepares them; see `Batches`."""
     if _has(example, o.pixel_values):
         config = getattr(loaded.config, "vision_config", loaded.config)
@@ -309,7 +309,7 @@ def _pixels(
         def arrays(examples: Sequence[Mapping[str, Any]]) -> Tensor:
             return torch.stack([images.pixel_values(_row(e), o.pixel_values, channels) for e in examples])
 
-        return arrays, _digest(["arrays", channels])
+        return arrays, lambda: _digest(["arrays", channels])
     _row(example).get(o.image)
     processor = images.load_processor(loaded)
 
@@ -318,7 +318,7 @@ def _pixels(
         values: Tensor = prepared["pixel_values"]
         return values
 
-    return pictures, _digest(processor.to_dict())
+    return pictures, lambda: _digest(processor.to_dict())
 
 
 def _digest(content: Any) -> str:

@@ -98,7 +98,8 @@ def own_batches(
         UserError: as `batches_for`.
     """
     own = batches_for(teacher, folder, example, columns, data=data, labels=False)
-    return None if own.preparation and own.preparation == student.preparation else own
+    alike = own.preparation()
+    return None if alike and alike == student.preparation() else own
 
 
 def seen_by_both(student: Collate, teacher: Collate | None, options: AugmentOptions | None = None) -> Collate:
