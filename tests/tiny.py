@@ -28,16 +28,19 @@ def save_tiny(folder: Path, family: str, seed: int = 0, scale: float = 1.0, **ch
     calm["gpt2"] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     save_model(folder, family, seed, **calm.get(family, {}) | changes)
     if scale != 1.0:
-        whole = load(folder)
-        roles = modules_of(whole)
-        with torch.no_grad():
-            for name in (*roles.find("attention"), *roles.find("ffn")):
-                if isinstance(weight := getattr(whole.get_submodule(name), "weight", None), torch.Tensor):
-                    weight *= scale
-        whole.save_pretrained(folder)
+        _scaled(load(folder), scale).save_pretrained(folder)
     if family not in ("vit", "swin"):
         add_tokenizer(folder)
     return folder
+
+
+def _scaled(model: Any, scale: float) -> Any:
+    roles = modules_of(model)
+    with torch.no_grad():
+        for name in (*roles.find("attention"), *roles.find("ffn")):
+            if isinstance(weight := getattr(model.get_submodule(name), "weight", None), torch.Tensor):
+                weight *= scale
+    return model
 
 
 def add_tokenizer(folder: Path) -> None:
@@ -117,8 +120,8 @@ def masked_images(family: str, seed: int = 0, **changes: Any) -> Any:
     return model_class(config_class(**sizes, **image, **{"encoder_stride": 2} | changes)).eval()
 
 
-def save_masked(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
-    masked_images(family, seed, **changes).save_pretrained(folder)
+def save_masked(folder: Path, family: str, seed: int = 0, scale: float = 1.0, **changes: Any) -> Path:
+    _scaled(masked_images(family, seed, **changes), scale).save_pretrained(folder)
     return folder
 
 

@@ -269,7 +269,7 @@ def test_images_go_through_the_models_processor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"label": "digit 1"}, "no column to classify"),
+        ({"label": "digit 1"}, "no input column"),
         ({"pixel_values": [[0.0] * 8] * 8}, "no column 'label'"),
         ({"pixel_values": [[0.0] * 8] * 8, "label": "digit x"}, "no label 'digit x'.*did you mean"),
         ({"pixel_values": [[0.0] * 8] * 8, "label": 10}, "no label 10"),

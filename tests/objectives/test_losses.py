@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import model
 from regraft.errors import UserError
 from regraft.objectives.features import Features, feature_loss
-from regraft.objectives.logits import Logits, logit_loss, same_classes
+from regraft.objectives.logits import Logits, logit_loss
 from regraft.objectives.minilm import MiniLM, relation_loss
 from regraft.objectives.own_loss import OwnLoss
 from regraft.objectives.perturbation import Perturbation, perturbation_loss
@@ -78,12 +78,24 @@ def test_classes_of_two_models_are_matched_by_name() -> None:
     one, two = look(student, batch), look(teacher, batch)
     p, q = (softmax(x.detach().double().numpy()) for x in (two.output.logits[:, [1, 2, 0]], one.output.logits))
     assert float(term(one, batch, two).detach()) == pytest.approx(((kl(p, q) + kl(q, p)) / 2).mean(), rel=1e-4)
-    assert same_classes(student.config, student.config) is None
-    assert same_classes(student.config, model("vit", num_labels=3).config) is None  # LABEL_0 says nothing
-    with pytest.raises(UserError, match="the student does not know 'emu' of the teacher"):
+    with pytest.raises(UserError, match="the student has a class 'owl', and the teacher has none of that name"):
         term.prepare(student, named("cat", "dog", "emu"))
-    with pytest.raises(UserError, match="tells 3 classes or tokens apart and the teacher 2"):
-        term.prepare(student, named("cat", "dog"))
+
+
+def test_only_logits_themselves_are_compared_where_there_is_no_distribution() -> None:
+    for changes in ({"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}):
+        one, two = (model("vit", seed, **changes) for seed in (0, 1))
+        Logits("mse").prepare(one, two)
+        with pytest.raises(UserError, match="does not choose one of several classes"):
+            Logits("kl").prepare(one, two)
+
+
+def test_tokens_are_compared_with_tokens_alone() -> None:
+    bert, classifier = model("bert"), model("vit", num_labels=int(model("bert").config.vocab_size))
+    for pair in ((bert, classifier), (classifier, bert), (bert, model("bert", vocab_size=64))):
+        with pytest.raises(UserError, match=r"tells \d+ tokens apart and the teacher \d+") as caught:
+            Logits("mse").prepare(*pair)
+        assert caught.value.code == "RG204"
 
 
 def test_saturated_logits_give_finite_losses() -> None:
@@ -243,7 +255,7 @@ def test_terms_refuse_models_that_do_not_go_together() -> None:
     for term, student, teacher, words in (
         (Features(), bert, model("bert", num_hidden_layers=3), r"blocks \{'': 2\} and the teacher \{'': 3\}"),
         (Features("last"), bert, model("clip"), "the stacks"),
-        (Logits(), bert, model("bert", vocab_size=50), "96 classes or tokens apart and the teacher 50"),
+        (Logits(), bert, model("bert", vocab_size=50), "96 tokens apart and the teacher 50"),
         (Perturbation(), bert, model("bert"), "no low-rank layer"),
     ):
         with pytest.raises(UserError, match=words):

@@ -17,10 +17,11 @@ import regraft
 from models import FAMILIES, model
 from regraft.axes.module_map import modules_of
 from regraft.errors import UserError
-from regraft.resize.factorise import LowRankOptions, factorise, input_moments, plan, rank_of
+from regraft.resize.factorise import LowRankOptions, factorise, plan, rank_of
 from regraft.resize.low_rank import LowRankLinear
 from regraft.resize.surgery import export, save, surgeries_of
 from regraft.resize.svd import truncated, whitened
+from regraft.resize.whitening import input_moments
 from tiny import output_of
 
 

@@ -25,7 +25,7 @@ from regraft.resize.methods.pela import pela
 from regraft.resize.methods.svd import svd
 from regraft.train.batches import batches_for
 from regraft.train.tap import every_block, look
-from tiny import output_of, rows_for, save_tiny, texts, write_rows
+from tiny import output_of, pictures, rows_for, save_masked, save_tiny, texts, write_rows
 
 KINDS = ("bert", "gpt2", "llama", "t5", "vit", "swin", "clip")
 
@@ -121,6 +121,26 @@ steps:
   tuned: {train: fine_tune, model: small, data: data.jsonl, max_steps: 2}
   score: {evaluate: accuracy, models: [base, small, tuned], data: data.jsonl}
 """
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.9])
+def test_a_masked_auto_encoder_hides_as_much_as_its_original(ratio: float, tmp_path: Path) -> None:
+    """At another share than the one that is configured, 0.75."""
+    folder = save_masked(tmp_path / "model", "vit_mae", scale=8)
+    data = write_rows(tmp_path / "data.jsonl", pictures(16))
+    made, whitened = (
+        pela(
+            folder, data=data, folder=tmp_path / init, device="cpu", mask_ratio=ratio, init=init, max_steps=steps,
+            learning_rate=2e-3, logit_weight=1.0, task_weight=0.01, per_device_train_batch_size=16, logging_steps=1,
+        )
+        for init, steps in (("svd", 20), ("whitened", 1))
+    )  # fmt: skip
+    history = made.diagnostics["training"]["history"]
+    assert history[-1]["features"] < 0.8 * history[0]["features"]
+    assert whitened.diagnostics["training"]["history"][0]["features"] < history[0]["features"]
+    assert made.model.config.mask_ratio == ratio
+    flops = made.diagnostics["cost"]["flops"]
+    assert 0.3 * flops["before"] < flops["after"] < flops["before"]
 
 
 def test_in_a_recipe(tmp_path: Path) -> None:

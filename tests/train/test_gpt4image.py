@@ -28,7 +28,8 @@ from regraft.train.loop import train
 from regraft.train.methods.gpt4image import gpt4image
 from regraft.train.objective import Sum
 from regraft.train.options import TrainOptions
-from regraft.train.text_embeddings import TextEncoder, embed_texts
+from regraft.train.text_embeddings import embed_texts
+from regraft.train.text_encoder import TextEncoder
 from tiny import write_rows
 
 FAST: dict[str, Any] = {"device": "cpu", "per_device_train_batch_size": 8, "logging_steps": 1}

@@ -272,13 +272,15 @@ def test_layer_wise_rates() -> None:
         parameter_groups(whole.requires_grad_(False), 1.0, 0.1, 1.0)
 
 
-def test_steps() -> None:
+def test_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     options = TrainOptions(num_train_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    assert steps_of(options, 22) == 9
-    assert steps_of(options, 22, processes=2) == 5
-    assert steps_of(TrainOptions(max_steps=5), None) == 5
+    stream = iter(())
+    assert steps_of(options, range(22)) == 9
+    assert steps_of(TrainOptions(max_steps=5), stream) == 5
     with pytest.raises(UserError, match="a stream has no length: give max_steps"):
-        steps_of(TrainOptions(), None)
+        steps_of(TrainOptions(), stream)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert steps_of(options, range(22)) == 5
 
 
 class Constant(Objective):

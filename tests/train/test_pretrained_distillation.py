@@ -200,6 +200,7 @@ def test_what_it_refuses_before_it_trains(place: Path) -> None:
         ({"labels": ("yes", "no")}, "labels are yes, no and the teacher's even, odd"),
         ({"labelled": place / "bare.jsonl"}, "labelled has no column 'label'"),
         ({"held_out": place / "inside.jsonl"}, r"a held-out row is trained on .*transfer.jsonl, row 13"),
+        ({"held_out": place / "test.jsonl", "stream": True}, "all rows of data, which a stream does not have"),
         ({"model": place / "teacher", "init": "weights"}, "no language model's loss to be pre-trained with"),
         ({"model": vit, "init": "weights"}, "there is no column 'image'"),
         ({"hidden_size": 5, "num_attention_heads": 2}, "a width of 5 cannot be split into 2 heads"),

@@ -98,3 +98,33 @@ def test_one_process_is_a_team_that_need_not_meet() -> None:
     assert not alone.agreed(False)
     assert alone.any(True)
     assert not alone.any(False)
+
+
+STAGES = """
+models: {student: ./student, teacher: ./teacher}
+steps:
+  small: {train: ssld, model: student, teacher: teacher, data: data.jsonl, unlabelled: pool.jsonl, max_steps: 12,
+          per_device_train_batch_size: BATCH, logging_steps: 1, learning_rate: 0.001}
+"""
+
+
+def test_stages_in_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    """What is chosen, and what a stage leaves for the next, are written by one process and read by both."""
+    save_tiny(tmp_path / "student", "vit")
+    save_tiny(tmp_path / "teacher", "vit", seed=1)
+    rows = pictures(48)
+    write_rows(tmp_path / "data.jsonl", rows[:24])
+    write_rows(tmp_path / "pool.jsonl", rows[24:])
+    for name, batch in (("one", "6"), ("two", "3")):
+        (tmp_path / f"{name}.yaml").write_text(STAGES.replace("BATCH", batch), encoding="utf-8")
+    run(load_recipe(tmp_path / "one.yaml"), tmp_path / "one", Settings(device="cpu"))
+    done = launched(tmp_path, "run", "two.yaml", "-o", "two", "--device", "cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (regraft.load(tmp_path / name / "small").state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=1e-5), name
+    stages = [
+        json.loads((tmp_path / name / "small" / "regraft.json").read_text())["diagnostics"]["training"]["stages"]
+        for name in ("one", "two")
+    ]
+    assert [[s["name"], s["steps"]] for s in stages[0]] == [[s["name"], s["steps"]] for s in stages[1]]

@@ -19,7 +19,7 @@ from models import model
 from regraft.errors import UserError
 from regraft.inspect.rows import Row
 from regraft.objectives.own_loss import OwnLoss
-from regraft.train.batches import DataOptions, batches_for
+from regraft.train.batches import Batches, DataOptions, batches_for
 from regraft.train.data import Joined, Part, open_data
 from regraft.train.making import Work
 from regraft.train.objective import Sum
@@ -27,8 +27,8 @@ from regraft.train.options import TrainOptions
 from regraft.train.selection import HeldOut, Pool, Selection, content_of, select, top_per_class
 from regraft.train.stages import Stages
 from regraft.train.teacher import TEACHER, Teacher
-from regraft.train.views import AugmentOptions, augmented, crop_box, see_alike, seen_by_both
-from tiny import pictures, save_tiny, texts, write_rows
+from regraft.train.views import AugmentOptions, augmented, crop_box, own_batches, seen_by_all, seen_by_both, views
+from tiny import begin_with_cls, pictures, save_tiny, texts, write_rows
 
 COLUMNS = DataOptions()
 
@@ -227,17 +227,50 @@ def test_the_teacher_is_shown_its_own_view() -> None:
     assert not torch.equal(seen, teacher({"pixel_values": plain}).output.logits)
 
 
-def test_models_see_alike_by_vocabulary_or_processor(tmp_path: Path) -> None:
-    one, two = save_tiny(tmp_path / "a", "bert"), save_tiny(tmp_path / "b", "bert", seed=1)
-    assert see_alike(one, two)
+def test_several_teachers_have_views_of_their_own() -> None:
+    def of(value: float) -> Any:
+        return lambda examples, seeds: {"pixel_values": torch.full((len(examples), 1, 2, 2), value), "labels": [0]}
+
+    student, teachers = views(seen_by_all(of(0.0), [None, of(1.0), of(2.0)])([{}], [0]), 3)
+    assert set(student) == {"pixel_values", "labels"}
+    assert teachers[0] == student
+    assert [float(one["pixel_values"].mean()) for one in teachers] == [0.0, 1.0, 2.0]
+
+
+def test_a_teacher_has_inputs_of_its_own_where_it_prepares_texts_otherwise(tmp_path: Path) -> None:
+    def own(folder: Path) -> Batches | None:
+        return own_batches(regraft.load(folder), folder, ours, {"text": "w1"}, DataOptions(), None)
+
+    one = save_tiny(tmp_path / "a", "bert")
+    ours = batches_for(regraft.load(one), one, {"text": "w1"}, labels=False)
+    assert own(save_tiny(tmp_path / "b", "bert", seed=1)) is None
+    assert own(save_tiny(tmp_path / "short", "bert", max_position_embeddings=8)) is not None
+    two = save_tiny(tmp_path / "c", "bert", vocab_size=120)
     tokenizer = hf.AutoTokenizer.from_pretrained(two)
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(two)
-    assert not see_alike(one, two)
-    vits = [save_tiny(tmp_path / name, "vit") for name in ("c", "d")]
-    assert see_alike(*vits)
-    (vits[1] / "preprocessor_config.json").write_text('{"size": 16}')
-    assert not see_alike(*vits)
+    assert own(two) is not None
+    assert own(begin_with_cls(save_tiny(tmp_path / "d", "bert"))) is not None
+
+
+def test_a_teacher_has_inputs_of_its_own_where_it_prepares_images_otherwise(tmp_path: Path) -> None:
+    array = {"pixel_values": [[[0.0] * 8] * 8]}
+    picture = {"image": [[0] * 8] * 8}
+
+    def made(name: str, size: int, **changes: Any) -> Path:
+        folder = save_tiny(tmp_path / name, "vit", **changes)
+        hf.ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(folder)
+        return folder
+
+    def own(student: Path, teacher: Path, example: dict[str, Any]) -> Batches | None:
+        ours = batches_for(regraft.load(student), student, example, labels=False)
+        return own_batches(regraft.load(teacher), teacher, ours, example, DataOptions(), None)
+
+    small, other, large = made("a", 8), made("b", 8), made("c", 16)
+    assert own(small, other, picture) is None
+    assert own(small, large, picture) is not None
+    assert own(small, large, array) is None
+    assert own(small, made("d", 8, num_channels=3), array) is not None
 
 
 def test_batch_norms_of_a_teacher() -> None:

@@ -151,6 +151,20 @@ def test_texts_and_another_tokenizer(tmp_path: Path) -> None:
         ssld(tmp_path / "student", teacher=tmp_path / "teacher", data=data, folder=tmp_path / "w", flip=True, **FAST)
 
 
+def test_labels_that_are_given_name_a_nameless_teacher(place: Path) -> None:
+    save_tiny(place / "nameless", "vit")
+    labels = tuple(f"kind {i}" for i in range(regraft.load(place / "nameless").config.num_labels))
+    call: dict[str, Any] = {"data": place / "data.jsonl", "folder": place / "work", "max_steps": 1, **FAST}
+    made = ssld(
+        place / "student", teacher=place / "nameless", unlabelled=place / "pool.jsonl",
+        head="image_classification", labels=labels, **call,
+    )  # fmt: skip
+    assert tuple(made.model.config.id2label.values()) == labels
+    assert tuple(made.diagnostics["selection"]["per_class"]) == labels
+    with pytest.raises(UserError, match=f"tells 2 classes apart and the teacher {len(labels)}"):
+        ssld(place / "student", teacher=place / "nameless", head="image_classification", labels=("a", "b"), **call)
+
+
 def test_what_it_refuses(place: Path) -> None:
     other = named(place / "other", [*NAMES[:9], "letter"])
     few = named(place / "few", NAMES[:3])
@@ -159,8 +173,8 @@ def test_what_it_refuses(place: Path) -> None:
     big = write_rows(place / "big.jsonl", pictures(4, size=16))
     copies = write_rows(place / "copies.jsonl", pictures(60)[:4])
     calls: list[tuple[dict[str, Any], str]] = [
-        ({"teacher": other}, "the student does not know 'letter' of the teacher"),
-        ({"teacher": few}, "tells 10 classes or tokens apart and the teacher 3"),
+        ({"teacher": other}, "the student has a class 'digit 9', and the teacher has none"),
+        ({"teacher": few}, "tells 10 classes apart and the teacher 3"),
         ({"teacher": bert}, "the teacher is a BertForMaskedLM, not a classifier"),
         ({"model": bert}, "the student is a BertForMaskedLM|there is no column"),
         ({"teacher": nameless, "head": "image_classification"}, "have no names that a new head could take"),

@@ -15,7 +15,8 @@ from torch.nn import functional
 from described import save_classifier, save_encoder
 from regraft.errors import UserError
 from regraft.train.feature_cache import FeatureCache
-from regraft.train.text_embeddings import MISSING, TextEncoder, embed_texts
+from regraft.train.text_embeddings import MISSING, embed_texts
+from regraft.train.text_encoder import TextEncoder
 from tiny import texts
 
 TEXTS = [row["text"] for row in texts(9)]

@@ -14,36 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from regraft.errors import UserError, nearest
 from regraft.inspect import images
+from regraft.inspect.inputs import LabelledOptions, PairOptions, check_labelled, input_of, texts_of
 from regraft.inspect.loading import Loaded, context_length, load_model, load_tokenizer, tokenize
-from regraft.inspect.metric import MetricOptions
-from regraft.inspect.rows import Row, group_of, in_batches, input_of, read_rows
+from regraft.inspect.rows import Row, group_of, home_of, in_batches, read_rows
 
-_NO_INPUT = "there is no column to classify (pixel_values, image or text)"
 Predict = Callable[[list[Row]], Tensor]  # rows -> logits (rows, labels)
 
 
-class ClassifierOptions(MetricOptions):
+class ClassifierOptions(PairOptions, LabelledOptions):
     """Options of metrics that ask a classifier."""
-
-    label: str = Field("label", description="column with the true class: its name, or its number")
-    text: str = Field("text", description="column with the text to classify")
-    text_pair: str | None = Field(None, description="column with a second text, for tasks on pairs")
-    image: str = Field("image", description="column with images: file names, nested lists from 0 to 255, or images")
-    pixel_values: str = Field("pixel_values", description="column with arrays that go into the model as they are")
-    max_length: int | None = Field(None, ge=1, description="cut texts here; by default at what the model takes")
-
-
-def check_classifier(data: Path, options: ClassifierOptions) -> None:
-    """Raise what reading would raise at the first row."""
-    first = next(read_rows(data, split=options.split, limit=1))
-    input_of(first, options, _NO_INPUT)
-    first.get(options.label)
-    group_of(first, options.group)
 
 
 @dataclass
@@ -82,8 +65,8 @@ def classifier(model: Path, data: Path, options: ClassifierOptions) -> Classifie
     Raises:
         UserError: RG601 for data and RG602 for models that cannot be used.
     """
-    check_classifier(data, options)
-    kind = input_of(next(read_rows(data, split=options.split, limit=1)), options, _NO_INPUT)
+    check_labelled(data, options)
+    kind = input_of(next(read_rows(data, split=options.split, limit=1)), options)
     if kind == "text":
         loaded = load_model(model, "AutoModelForSequenceClassification", "text classification", device=options.device)
     else:
@@ -93,13 +76,18 @@ def classifier(model: Path, data: Path, options: ClassifierOptions) -> Classifie
     return Classifier(model, data, options, names, _predictor(loaded, kind, data, options, notes), notes)
 
 
+def names_by_number(config: Any) -> dict[int, str]:
+    """Number -> name of a classifier's outputs, in order."""
+    return dict(sorted((int(number), str(name)) for number, name in config.id2label.items()))
+
+
 def label_names(loaded: Loaded) -> Mapping[int, str]:
     """Number -> name of a head that gives one class per row. Raises RG602 for other heads."""
     config = loaded.config
-    names = {int(i): str(name) for i, name in config.id2label.items()}
+    names = names_by_number(config)
     if len(names) < 2 or config.problem_type in ("regression", "multi_label_classification"):
         what = f"the model's head has {len(names)} output(s) of type {config.problem_type or 'regression'}"
-        fix = "evaluate a model whose head gives one class per row"
+        fix = "take a model whose head gives one class per row"
         raise UserError("RG602", what, where=str(loaded.folder), fix=fix)
     return names
 
@@ -129,17 +117,14 @@ def _predictor(loaded: Loaded, kind: str, data: Path, options: ClassifierOptions
         notes["texts_cut"] = 0
 
         def from_text(batch: list[Row]) -> Tensor:
-            texts: list[Any] = [row.text(options.text) for row in batch]
-            if options.text_pair:
-                texts = [(a, row.text(options.text_pair)) for a, row in zip(texts, batch, strict=True)]
-            inputs, cut = tokenize(loaded, tokenizer, texts, length)
+            inputs, cut = tokenize(loaded, tokenizer, texts_of(batch, options), length)
             notes["texts_cut"] += cut
             return loaded.logits(**inputs)
 
         return from_text
     if kind == "image":
         processor = images.load_processor(loaded)
-        folder = data if data.is_dir() else data.parent
+        folder = home_of(data)
 
         def from_images(batch: list[Row]) -> Tensor:
             pictures = [images.picture(row, options.image, folder) for row in batch]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from regraft.errors import UserError
 from regraft.inspect import images
+from regraft.inspect.inputs import LabelledOptions, LengthOptions, check_labelled, input_of
 from regraft.inspect.intervals import wilson
 from regraft.inspect.loading import (
     Loaded,
@@ -32,19 +33,24 @@ from regraft.inspect.loading import (
     unused_missing,
 )
 from regraft.inspect.metric import MetricOptions, Score
-from regraft.inspect.rows import Row, group_of, in_batches, input_of, read_rows
+from regraft.inspect.rows import Row, group_of, home_of, in_batches, need, read_rows
 
 Floats = NDArray[np.float32]
 
 
-class EmbeddingOptions(MetricOptions):
+class EmbedderOptions(LengthOptions, MetricOptions):
     """How inputs become vectors."""
 
-    text: str = Field("text", description="column with texts")
-    image: str = Field("image", description="column with images: file names, nested lists from 0 to 255, or images")
-    pixel_values: str = Field("pixel_values", description="column with arrays that go into the model as they are")
     pooling: Literal["mean", "first"] = Field("mean", description="mean over tokens or positions, or the first one")
-    max_length: int | None = Field(None, ge=1, description="cut texts here; by default at what the model takes")
+
+
+class NeighbourOptions(LabelledOptions, EmbedderOptions):
+    """Of metrics that learn classes from labelled vectors."""
+
+    train_data: str | None = Field(
+        None,
+        description="file or folder of labelled rows to learn from; by default the other rows of the data",
+    )
 
 
 @dataclass
@@ -116,17 +122,14 @@ class Embedder:
             raise UserError("RG602", what, where=str(self.loaded.folder), fix="evaluate a whole model")
 
 
-def embedder(model: Path, options: Any, data: Path, purpose: str = "embedding") -> Embedder:
+def embedder(model: Path, options: EmbedderOptions, data: Path, purpose: str = "embedding") -> Embedder:
     """Open a model to embed the rows of some data.
-
-    Args:
-        options: has `device`, `pooling` and `max_length`.
 
     Raises:
         UserError: RG602 for a model that cannot be used, and what `load_config` raises.
     """
     loaded = load_model(model, "AutoModel", purpose, device=options.device, allow_missing=True)
-    return Embedder(loaded, options.pooling, options.max_length, data if data.is_dir() else data.parent)
+    return Embedder(loaded, options.pooling, options.max_length, home_of(data))
 
 
 def vectors(loaded: Loaded, inputs: Any, pooling: str = "mean") -> Tensor:
@@ -154,14 +157,6 @@ def vectors(loaded: Loaded, inputs: Any, pooling: str = "mean") -> Tensor:
     return (states.float() * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
-def check_labelled(data: Path, options: Any) -> None:
-    """Raise what `labelled` would raise at the first row."""
-    first = next(read_rows(data, split=options.split, limit=1))
-    input_of(first, options)
-    first.get(options.label)
-    group_of(first, options.group)
-
-
 @dataclass
 class Labelled:
     """Rows as vectors with their labels and groups."""
@@ -171,8 +166,10 @@ class Labelled:
     groups: list[str | None]
 
 
-def labelled(embed: Embedder, data: Path, options: Any, *, limit: int | None = None) -> Labelled:
+def labelled(embed: Embedder, data: Path, options: LabelledOptions, *, limit: int | None = None) -> Labelled:
     """The rows of some data as vectors, with the labels that the column `options.label` has, in words.
+
+    The embedder then reads images relative to this data.
 
     Raises:
         UserError: RG601 for rows without input or label; what the embedder raises.
@@ -180,6 +177,7 @@ def labelled(embed: Embedder, data: Path, options: Any, *, limit: int | None = N
     found: list[Floats] = []
     labels: list[str] = []
     groups: list[str | None] = []
+    embed.home = home_of(data)
     for batch in in_batches(read_rows(data, split=options.split, limit=limit), options.batch_size):
         kind = input_of(batch[0], options)
         found.append(embed(batch, kind, getattr(options, kind)).numpy())
@@ -196,8 +194,9 @@ def label_of(row: Row, column: str) -> str:
     return str(value)
 
 
-def check_rows(data: Path, options: Any) -> None:
-    """Raise what `labelled` would raise at the first row of the data, or of `train_data`."""
+def check_rows(data: Path, options: NeighbourOptions) -> None:
+    """Raise what `labelled` would raise at the first row of the data or of `train_data`; RG602 without scikit-learn."""
+    need("sklearn", "eval", "learning classes from embeddings")
     for path in (data, *([Path(options.train_data)] if options.train_data else [])):
         check_labelled(path, options)
 

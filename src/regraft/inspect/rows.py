@@ -11,7 +11,7 @@ import importlib
 import itertools
 import json
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ from regraft.errors import UserError, nearest
 LINE_LIMIT = 1 << 26  # characters in one line
 _BY_DATASETS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json"}
 FORMATS = ".jsonl, .ndjson, .csv, .tsv, .txt, .npz, .json, .parquet, .arrow, or a folder that `datasets` can load"
-
-INPUTS = ("pixel_values", "image", "text")
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,9 @@ def read_rows(path: Path, *, split: str | None = None, limit: int | None = None)
     return itertools.chain([first], rows)
 
 
-def check_columns(path: Path, columns: Sequence[str], *, split: str | None = None) -> None:
-    """Raise what reading would raise at the first row, and RG601 if it lacks one of the columns."""
-    first = next(read_rows(path, split=split, limit=1))
-    for column in columns:
-        first.get(column)
+def home_of(data: Path) -> Path:
+    """The folder that the file names in some data are relative to."""
+    return data if data.is_dir() else data.parent
 
 
 def group_of(row: Row, column: str | None) -> str | None:
@@ -217,18 +213,3 @@ def need(package: str, extra: str, purpose: str) -> Any:
     except ImportError:
         fix = f"pip install 'regraft[{extra}]'"
         raise UserError("RG602", f"{purpose} needs the package {package!r}", fix=fix) from None
-
-
-def input_of(row: Row, options: Any, what: str = "there is no input column (text, image or pixel_values)") -> str:
-    """Which of the options pixel_values, image and text names a row's input: one that was given, else the first column
-    that is there.
-
-    Raises:
-        UserError: RG601 with `what` if the row has none of them.
-    """
-    named = [kind for kind in INPUTS if kind in options.model_fields_set]
-    for kind in named or [kind for kind in INPUTS if getattr(options, kind) in row.values]:
-        row.get(getattr(options, kind))
-        return kind
-    fix = f"name one of the columns {', '.join(row.values)} by the option text, image or pixel_values"
-    raise UserError("RG601", what, where=row.where, fix=fix)

@@ -9,18 +9,19 @@
 Mean over examples, or over the tokens that count: those with a label where the batch has labels per token, else those
 that are no padding. Everything is computed in float32.
 
-Classes are matched by their names, in whatever order the two models number them; names that transformers makes up
-(LABEL_0) say nothing, and are matched by number.
+Classes are matched by their names, in whatever order the two models number them (`regraft.train.class_names`).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from regraft.errors import UserError
+from regraft.train.class_names import class_order, need_one_class_each
 from regraft.train.objective import Batch, Term
 from regraft.train.tap import Seen
 
@@ -37,7 +38,7 @@ def logit_loss(student: Tensor, teacher: Tensor, kind: Kind = "kl", temperature:
     if kind == "soft_ce":
         return -square * (log_t.exp() * log_s).sum(-1)
     if kind == "js":
-        log_m = torch.logaddexp(log_s, log_t) - torch.log(torch.tensor(2.0))
+        log_m = torch.logaddexp(log_s, log_t) - math.log(2.0)
         return square * 0.5 * (_kl(log_t, log_m) + _kl(log_s, log_m))
     if kind == "sym_kl":
         return square * 0.5 * (_kl(log_t, log_s) + _kl(log_s, log_t))
@@ -59,11 +60,14 @@ class Logits(Term):
         self._order: Tensor | None = None  # the teacher's number of each of the student's classes
 
     def prepare(self, student: Any, teacher: Any) -> None:
-        mine, theirs = (_classes(model) for model in (student, teacher))
-        if mine != theirs:
-            what = f"the student tells {mine} classes or tokens apart and the teacher {theirs}"
-            raise UserError("RG204", what, fix="take models with the same labels or vocabulary")
-        self._order = None if tells_tokens(student) else same_classes(student.config, teacher.config)
+        self._order = None
+        if tells_tokens(student) or tells_tokens(teacher):
+            _need_same_tokens(student, teacher)
+            return
+        if self.kind != "mse":
+            need_one_class_each(student)
+            need_one_class_each(teacher)
+        self._order = class_order(student.config, teacher.config)
 
     def __call__(self, student: Seen, batch: Batch, teacher: Seen | None) -> Tensor:
         assert teacher is not None
@@ -78,33 +82,6 @@ class Logits(Term):
             return losses.mean()
         weights = mask.to(losses.dtype)
         return (losses * weights).sum() / weights.sum().clamp(min=1)
-
-
-def same_classes(student: Any, teacher: Any) -> Tensor | None:
-    """The teacher's number of each of the student's classes, (C,); None where both number them alike.
-
-    Args:
-        student, teacher: configurations of classifiers.
-
-    Raises:
-        UserError: RG207 for classifiers that tell other classes apart, by name.
-    """
-    own, other = class_names(student), class_names(teacher)
-    if own is None or other is None or own == other:
-        return None
-    if set(own) != set(other) or len(set(own)) != len(own):
-        lacking = next((name for name in other if name not in own), other[0])
-        what = f"student and teacher tell other classes apart: the student does not know {lacking!r} of the teacher"
-        raise UserError("RG207", what, fix="give the student a head with the teacher's labels")
-    return torch.tensor([other.index(name) for name in own])
-
-
-def class_names(config: Any) -> list[str] | None:
-    """The names of a classifier's outputs in order; None where they are those that transformers makes up."""
-    names = {int(number): str(name) for number, name in (getattr(config, "id2label", None) or {}).items()}
-    if not names or all(name == f"LABEL_{number}" for number, name in names.items()):
-        return None
-    return [names[number] for number in sorted(names)]
 
 
 def _counted(batch: Batch, losses: Tensor, *, shifted: bool) -> Tensor | None:
@@ -128,7 +105,11 @@ def tells_tokens(model: Any) -> bool:
     return head is not None
 
 
-def _classes(model: Any) -> int:
-    if tells_tokens(model):
-        return int(model.config.get_text_config().vocab_size)
-    return int(getattr(model.config, "num_labels", 0))
+def _need_same_tokens(student: Any, teacher: Any) -> None:
+    """Raise RG204 for two models of which one tells other tokens apart, or none."""
+    mine, theirs = (
+        int(model.config.get_text_config().vocab_size) if tells_tokens(model) else 0 for model in (student, teacher)
+    )
+    if mine != theirs:
+        what = f"the student tells {mine} tokens apart and the teacher {theirs}"
+        raise UserError("RG204", what, fix="take two language models with one vocabulary, or two classifiers")

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from regraft.errors import UserError
@@ -28,9 +28,10 @@ from regraft.objectives.logits import logit_loss, predicts_next
 from regraft.train.classes import Source
 from regraft.train.objective import Batch, Collate, Objective
 from regraft.train.tap import look, unwrapped
+from regraft.train.teacher import batch_norms
+from regraft.train.views import seen_by_all, views
 
 Partition: TypeAlias = Literal["supervised", "confidence", "none", "self"]
-_OWN = "teacher_{}."  # before the names of a teacher's own inputs in a batch
 
 
 def who_teaches(
@@ -109,28 +110,25 @@ class Transfer(Objective):
             raise UserError("RG309", what, fix="set partition to supervised or confidence, and leave top_k out")
         if former is None and partition != "none":
             raise ValueError(f"{partition} needs the former self")
-        self._collate, self.former, self.teachers = collate, former, teachers
+        self._collate = seen_by_all(collate, [None if one.shares else one.collate for one in teachers])
+        self.former, self.teachers = former, teachers
         self.partition, self.alpha, self.temperature, self.top_k = partition, alpha, temperature, top_k
         self.skip_negative_flips, self.double_softmax = skip_negative_flips, double_softmax
         self.freeze_batch_norm = freeze_batch_norm
 
     def collate(self, examples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Batch:
-        batch = dict(self._collate(examples, seeds))
-        for i, teacher in enumerate(self.teachers):
-            if not teacher.shares:
-                own = teacher.collate(examples, seeds)
-                batch |= {_OWN.format(i) + name: value for name, value in own.items() if isinstance(value, Tensor)}
-        return batch
+        return self._collate(examples, seeds)
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         bare = unwrapped(model)
         if self.freeze_batch_norm:
             for module in batch_norms(bare):
                 module.eval()
-        own = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
+        own, theirs = views(batch, len(self.teachers))
         labels = own.pop("labels", None)
         student = look(model, own).logits
-        said = [self._said(i, own, batch) for i in range(len(self.teachers))] if self.partition != "self" else []
+        asked = zip(self.teachers, theirs, strict=True) if self.partition != "self" else ()
+        said = [teacher.logits(inputs) for teacher, inputs in asked]
         former = self.former.logits(own) if self.former is not None and self.partition != "none" else None
         if student.ndim == 3:
             mask, labels = _tokens(labels, shifted=predicts_next(bare))
@@ -157,17 +155,6 @@ class Transfer(Objective):
         entropy = functional.cross_entropy(logits.softmax(-1) if self.double_softmax else logits, labels)
         metrics["ce"] = entropy.detach()
         return self.alpha * divergence + (1 - self.alpha) * entropy, metrics
-
-    def _said(self, i: int, own: Batch, batch: Batch) -> Tensor:
-        teacher, head = self.teachers[i], _OWN.format(i)
-        if teacher.shares:
-            return teacher.logits(own)
-        return teacher.logits({n.removeprefix(head): value for n, value in batch.items() if n.startswith(head)})
-
-
-def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The modules whose outputs depend on the other examples of a batch."""
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def _tokens(labels: Tensor | None, *, shifted: bool) -> tuple[Tensor, Tensor]:

@@ -227,48 +227,6 @@ def factorise(
     return found
 
 
-def input_moments(model: Any, batches: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Tensor]:
-    """The mean of x x^T over all inputs of some linear layers, (I, I) each, in float64; padding is left out."""
-    from regraft.train.masks import valid
-    from regraft.train.tap import look
-
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    shown: dict[str, Any] = {}
-    places = modules_of(model).places
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        place = places[name]
-        # Keys and values of cross-attention are made of what the encoder read.
-        reads = "encoder" if place.role in ("cross.key", "cross.value", "cross.kv") else place.stack
-
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
-            real = valid(shown, reads, x)
-            if real is not None:
-                x = x[real]
-            rows = x.reshape(-1, x.shape[-1]).double()
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=x.device)) + rows.T @ rows
-            counts[name] = counts.get(name, 0) + len(rows)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
-    training = model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                shown.clear()
-                shown.update(batch)
-                look(model, {key: value for key, value in batch.items() if key != "labels"})
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return {name: total / counts[name] for name, total in sums.items()}
-
-
 def _factors(module: nn.Module, layer: Layer, options: LowRankOptions, moments: Tensor | None) -> Factors:
     weight = weight_of(module)
     if layer.parts == 1:

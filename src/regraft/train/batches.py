@@ -7,6 +7,8 @@ masked is drawn from the seed of each example, see `regraft.train.objective`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,10 @@ from torch import Tensor
 
 from regraft.errors import UserError, nearest
 from regraft.inspect import images
+from regraft.inspect.classification import names_by_number
+from regraft.inspect.inputs import PairOptions, texts_of
 from regraft.inspect.loading import Loaded, context_length, load_tokenizer, text_part
-from regraft.inspect.rows import Row
-from regraft.methods import Options
+from regraft.inspect.rows import Row, home_of
 from regraft.train.masked_images import guesses_patches, hiding, is_auto_encoder
 from regraft.train.order import generator
 from regraft.train.packing import check_packing, packed
@@ -30,17 +33,13 @@ from regraft.train.vocabulary import has_tokenizer
 IGNORED = -100
 
 
-class DataOptions(Options):
+class DataOptions(PairOptions):
     """Which columns of the data are what, and how texts become tokens."""
 
-    text: str = Field("text", description="column with texts")
-    text_pair: str | None = Field(None, description="column with a second text, for tasks on pairs")
     target: str = Field("target", description="column with the text that an encoder-decoder is to write")
     label: str = Field("label", description="column with classes: names, or numbers")
-    image: str = Field("image", description="column with images: file names, nested lists from 0 to 255, or images")
-    pixel_values: str = Field("pixel_values", description="column with arrays that go into the model as they are")
     max_length: int | None = Field(
-        None, ge=2, description="cut texts at this many tokens; else at what the model takes"
+        None, ge=2, description="cut texts at this many tokens; by default at what the model takes, up to 512"
     )
     packing: bool = Field(
         False, description="join the texts of a pass into one row without padding, for causal language models"
@@ -69,12 +68,14 @@ class Batches:
             "texts" or "images".
         has_loss: whether the batches hold what the model's own loss needs.
         tokenizer: of models that read texts.
+        preparation: names how texts, or images, become inputs: equal for models that read the same ones, "" for others.
     """
 
     collate: Callable[[Sequence[Mapping[str, Any]], Sequence[int]], dict[str, Any]]
     kind: str
     has_loss: bool
     tokenizer: Any = None
+    preparation: Callable[[], str] = lambda: ""  # a digest of all of a tokenizer, so it is taken where it is needed
 
 
 def batches_for(
@@ -102,7 +103,7 @@ def batches_for(
     """
     o = options or DataOptions()
     loaded = Loaded(model, model.config, folder, torch.device("cpu"))
-    home = folder if data is None else data if data.is_dir() else data.parent
+    home = folder if data is None else home_of(data)
     takes = accepted(type(model))
     sees, reads = "pixel_values" in takes, "input_ids" in takes
     name = type(model).__name__
@@ -110,19 +111,18 @@ def batches_for(
     if o.packing and not (causal and labels):
         what = f"texts are packed for the own loss of causal language models, and this is a {name}"
         raise UserError("RG309", what, fix="set packing to false")
-    pixels = _pixels(loaded, example, o, home) if sees else None
+    pixels, how = _pixels(loaded, example, o, home) if sees else (None, lambda: "")
     if pixels is not None and guesses_patches(model) and (labels or is_auto_encoder(model)):
         return Batches(hiding(model, pixels, o.mask_ratio, o.norm_pix_loss), "masked images", labels)
     if labels and (o.mask_ratio is not None or o.norm_pix_loss is not None):
         given = "mask_ratio" if o.mask_ratio is not None else "norm_pix_loss"
-        raise UserError("RG303", f"a {type(model).__name__} guesses no patches of images", fix=f"leave out {given}")
+        raise UserError("RG303", f"a {name} guesses no patches of images", fix=f"leave out {given}")
     if sees and reads:
         return Batches(_pairs(_Texts(loaded, o), pixels, labels), "pairs", labels and "return_loss" in takes)
     if sees:
         has_loss = labels and "labels" in takes and _has(example, o.label) and _is_classifier(model)
-        return Batches(
-            _images(model, pixels, o if has_loss else None), "image classes" if has_loss else "images", has_loss
-        )
+        kind = "image classes" if has_loss else "images"
+        return Batches(_images(model, pixels, o if has_loss else None), kind, has_loss, preparation=how)
     if not reads:
         what = f"a {model.config.model_type} model takes neither texts nor images"
         raise UserError("RG309", what, fix="write an objective whose collate makes its batches")
@@ -141,7 +141,8 @@ def batches_for(
         return Batches(_causal(texts), "causal", True, texts.tokenizer)
     has_loss = labels and "SequenceClassification" in name and _has(example, o.label)
     kind = "text classes" if has_loss else "texts"
-    return Batches(_classes(model, texts, o if has_loss else None), kind, has_loss, texts.tokenizer)
+    collate = _classes(model, texts, o if has_loss else None)
+    return Batches(collate, kind, has_loss, texts.tokenizer, texts.preparation)
 
 
 class _Texts:
@@ -159,6 +160,14 @@ class _Texts:
             what = "the tokenizer has no token to pad with"
             raise UserError("RG602", what, where=str(loaded.folder), fix="add a pad_token to its tokenizer_config.json")
 
+    def preparation(self) -> str:
+        """Names how texts become tokens; see `Batches`."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        made_by = json.loads(backend.to_str()) if backend is not None else self.tokenizer.get_vocab()
+        if backend is not None:
+            made_by = {**made_by, "truncation": None, "padding": None}  # which are set in each call
+        return _digest([made_by, self.tokenizer.model_input_names, self._length])
+
     def tokens(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """The tokens of each text, without padding."""
         texts = [_row(example).text(self._options.text) for example in examples]
@@ -175,11 +184,8 @@ class _Texts:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]], *, special: bool = False) -> dict[str, Tensor]:
         rows = [_row(example) for example in examples]
-        texts: list[Any] = [row.text(self._options.text) for row in rows]
-        if self._options.text_pair:
-            texts = [(a, row.text(self._options.text_pair)) for a, row in zip(texts, rows, strict=True)]
         encoded = self.tokenizer(
-            texts, truncation=True, max_length=self._length, padding=True, return_tensors="pt",
+            texts_of(rows, self._options), truncation=True, max_length=self._length, padding=True, return_tensors="pt",
             return_special_tokens_mask=special,
         )  # fmt: skip
         return dict(encoded)
@@ -292,7 +298,10 @@ def _pairs(texts: _Texts, pixels: Any, with_loss: bool) -> Callable[..., dict[st
     return collate
 
 
-def _pixels(loaded: Loaded, example: Mapping[str, Any], o: DataOptions, home: Path) -> Callable[..., Tensor]:
+def _pixels(
+    loaded: Loaded, example: Mapping[str, Any], o: DataOptions, home: Path
+) -> tuple[Callable[..., Tensor], Callable[[], str]]:
+    """A function from examples to pixels (B, C, H, W), and how it prepares them; see `Batches`."""
     if _has(example, o.pixel_values):
         config = getattr(loaded.config, "vision_config", loaded.config)
         channels = int(getattr(config, "num_channels", 3))
@@ -300,7 +309,7 @@ def _pixels(loaded: Loaded, example: Mapping[str, Any], o: DataOptions, home: Pa
         def arrays(examples: Sequence[Mapping[str, Any]]) -> Tensor:
             return torch.stack([images.pixel_values(_row(e), o.pixel_values, channels) for e in examples])
 
-        return arrays
+        return arrays, lambda: _digest(["arrays", channels])
     _row(example).get(o.image)
     processor = images.load_processor(loaded)
 
@@ -309,7 +318,11 @@ def _pixels(loaded: Loaded, example: Mapping[str, Any], o: DataOptions, home: Pa
         values: Tensor = prepared["pixel_values"]
         return values
 
-    return pictures
+    return pictures, lambda: _digest(processor.to_dict())
+
+
+def _digest(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def _labels(model: Any, examples: Sequence[Mapping[str, Any]], column: str) -> Tensor:
@@ -322,7 +335,7 @@ def _labels(model: Any, examples: Sequence[Mapping[str, Any]], column: str) -> T
 def _class(row: Row, column: str, config: Any) -> int:
     value = row.get(column)
     if isinstance(value, str):
-        known = {str(name): int(number) for number, name in config.id2label.items()}
+        known = {name: number for number, name in names_by_number(config).items()}
         if value not in known:
             fix = nearest(value, known)
             raise UserError("RG601", f"the model has no label {value!r}", where=row.where, fix=fix)

@@ -2,8 +2,7 @@
 
 Every model makes its own inputs of an example (its tokenizer, its image processor, its image size), so models of
 different families can be asked about the same data; arrays in a column `pixel_values` go into all of them as they are.
-Classes are matched by name: two models may number them differently, and what a teacher says is put into the student's
-order.
+What a teacher says is put into the student's order of classes.
 """
 
 from __future__ import annotations
@@ -21,10 +20,12 @@ from torch import Tensor
 
 from regraft.errors import UserError
 from regraft.resize.surgery import load
-from regraft.train.batches import DataOptions, batches_for
+from regraft.train.batches import Batches, DataOptions
+from regraft.train.class_names import class_order, need_one_class_each
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.objective import Batch, Collate
 from regraft.train.teacher import Teacher
+from regraft.train.views import own_batches
 
 
 @dataclass
@@ -61,55 +62,35 @@ class Answers:
     of_label: NDArray[np.float32] | None
 
 
-def label_order(student: Any, teacher: Any) -> Tensor | None:
-    """The number that each of the student's classes has in the teacher; None if they are numbered alike.
-
-    Raises:
-        UserError: RG207 for models that do not tell the same classes apart, or of which one alone names them.
-    """
-    own, other = (_names(model) for model in (student, teacher))
-    if own == other:
-        return None
-    fix = "take models of the same labels; names are id2label in config.json"
-    if len(own) != len(other):
-        what = f"the student tells {len(own)} classes apart and the teacher {len(other)}"
-        raise UserError("RG207", what, fix=fix)
-    if set(own) != set(other):
-        lacking = next(name for name in own if name not in other)
-        raise UserError("RG207", f"the student has a class {lacking!r}, and the teacher has none of that name", fix=fix)
-    return torch.tensor([other.index(name) for name in own])
-
-
-def _names(model: Any) -> list[str]:
-    config = model.config
-    names = [str(name) for _, name in sorted((int(i), name) for i, name in config.id2label.items())]
-    other_kind = config.problem_type in ("regression", "multi_label_classification")
-    if "Classification" not in type(model).__name__ or len(names) < 2 or other_kind or len(set(names)) < len(names):
-        what = f"a {type(model).__name__} with {len(names)} output(s) does not choose one of several classes"
-        raise UserError("RG309", what, fix="take a classifier of one label per example")
-    return names
-
-
 def open_source(
     folder: Path,
     student: Any,
+    batches: Batches,
     example: Mapping[str, Any],
-    options: DataOptions,
+    columns: DataOptions,
     data: Path,
     cache: FeatureCache | None = None,
 ) -> Source:
     """A teacher of a classifier, checked against it and tried on an example.
+
+    Args:
+        folder: the teacher's.
+        batches: those of the student.
+        example: the first one of `data`.
 
     Raises:
         UserError: RG207 and RG309 for classes that differ, RG601 for data that it cannot read, and what `regraft.load`
             raises.
     """
     model = load(folder).float()
-    order = label_order(student, model)
-    batches = batches_for(model, folder, example, options, data=data, labels=False)
-    arrays = example.get(options.pixel_values) is not None
-    channels = {getattr(one.config, "num_channels", None) for one in (student, model)}
-    source = Source(Teacher(model, cache=cache), batches.collate, order, shares=arrays and len(channels) == 1)
+    for one in (student, model):
+        if "Classification" not in type(one).__name__:
+            what = f"a {type(one).__name__} does not choose one of several classes"
+            raise UserError("RG309", what, fix="take a classifier of one label per example")
+        need_one_class_each(one)
+    order = class_order(student.config, model.config)
+    own = own_batches(model, folder, batches, example, columns, data)
+    source = Source(Teacher(model, cache=cache), (own or batches).collate, order, shares=own is None)
     try_out(source, example, "teacher")
     return source
 

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from pydantic import Field
 
 from regraft.errors import UserError
+from regraft.inspect.classification import names_by_number
 from regraft.inspect.flips import Flips, flips
 from regraft.inspect.loading import device_of
 from regraft.resize.surgery import load
 from regraft.train.batches import DataOptions, batches_for
-from regraft.train.classes import Source, answers_of, open_source, try_out
-from regraft.train.data import open_data
+from regraft.train.classes import Answers, Source, answers_of, open_source, try_out
+from regraft.train.data import opened
 from regraft.train.making import chosen
 from regraft.train.teacher import Teacher
 
@@ -72,25 +74,29 @@ def complement(
     """
     o, path, folder = options or FlipOptions(), Path(data), Path(student)
     model = load(folder).float()
-    rows = open_data(path, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
+    rows = opened(path, o)
     example, columns = next(iter(rows)), chosen(o, DataOptions)
     batches = batches_for(model, folder, example, columns, data=path)
     sources = [Source(Teacher(model), batches.collate)]
-    sources += [open_source(Path(one), model, example, columns, path) for one in teachers.values()]
+    sources += [open_source(Path(one), model, batches, example, columns, path) for one in teachers.values()]
     if not batches.has_loss:
         what = f"there is no column {o.label!r} with the true classes"
         raise UserError("RG601", what, where=str(path), fix="name it: label=...")
     try_out(sources[0], example, "student")
     labels, (own, *others) = answers_of(sources, rows, o.batch_size, device_of(device))
     assert labels is not None
+    classes = names_by_number(model.config)
+    return {name: compared(own, one, labels, classes) for name, one in zip(teachers, others, strict=True)}
+
+
+def compared(own: Answers, other: Answers, labels: NDArray[Any], names: Mapping[int, str]) -> Complement:
+    """What a teacher knows that a student does not, from the answers of both to labelled examples."""
     assert own.of_label is not None
-    names = {int(number): str(name) for number, name in model.config.id2label.items()}
-    found = {}
-    for name, one in zip(teachers, others, strict=True):
-        assert one.of_label is not None
-        found[name] = Complement(
-            flips(own.predicted, one.predicted, labels, names),
-            float((one.of_label > own.of_label).mean()),
-            float((one.confidence > own.confidence).mean()),
-        )
-    return found
+    assert other.of_label is not None
+    found = flips(own.predicted, other.predicted, labels, names)
+    return Complement(found, float((other.of_label > own.of_label).mean()), share_surer(own, other))
+
+
+def share_surer(own: Answers, other: Answers) -> float:
+    """The share of examples of which a teacher's most probable class has more than the student's."""
+    return float((other.confidence > own.confidence).mean())

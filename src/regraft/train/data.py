@@ -16,6 +16,7 @@ from typing import Any
 from regraft.errors import UserError
 from regraft.inspect import images
 from regraft.inspect.rows import Row, need, read_rows
+from regraft.train.batches import DataOptions
 
 _MAPPED = (".parquet", ".arrow")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -24,11 +25,11 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class RowStream:
     """The rows of a file or folder, read anew each time they are iterated."""
 
-    def __init__(self, path: Path, split: str | None = None) -> None:
-        self._path, self._split = path, split
+    def __init__(self, path: Path, split: str | None = None, limit: int | None = None) -> None:
+        self._path, self._split, self._limit = path, split, limit
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return (row.values for row in read_rows(self._path, split=self._split))
+        return (row.values for row in read_rows(self._path, split=self._split, limit=self._limit))
 
 
 def open_data(path: Path, *, split: str | None = None, stream: bool = False, limit: int | None = None) -> Any:
@@ -38,18 +39,23 @@ def open_data(path: Path, *, split: str | None = None, stream: bool = False, lim
         path: what to read.
         split: of a folder that holds several.
         stream: read it row by row, in its order, instead of holding or mapping it.
-        limit: the first rows only; not for streams.
+        limit: the first rows only.
 
     Raises:
         UserError: RG601 for data that is missing, damaged or of an unknown format, RG602 without the package datasets.
     """
     if stream:
         next(read_rows(path, split=split, limit=1))  # so that what is wrong is said now
-        return RowStream(path, split)
+        return RowStream(path, split, limit)
     if path.is_dir() or path.suffix.lower() in _MAPPED:
         mapped = _mapped(path, split)
         return mapped if limit is None else mapped.select(range(min(limit, len(mapped))))
     return [row.values for row in read_rows(path, split=split, limit=limit)]
+
+
+def opened(path: Path, options: DataOptions) -> Any:
+    """`open_data` as the options of a method say."""
+    return open_data(path, split=options.split, stream=options.stream, limit=options.limit)
 
 
 def _mapped(path: Path, split: str | None) -> Any:

@@ -44,20 +44,25 @@ class TrainResult:
     seconds: float = 0.0
     resumed_from: int = 0
 
+    def facts(self) -> dict[str, Any]:
+        """What a method tells of its training."""
+        return {"steps": self.steps, "seconds": self.seconds, "history": self.history}
 
-def steps_of(options: TrainOptions, examples: int | None, processes: int = 1) -> int:
-    """Optimiser steps of a run.
+
+def steps_of(options: TrainOptions, data: Any) -> int:
+    """Optimiser steps of a run, in as many processes as this one has.
 
     Raises:
         UserError: RG303 for a stream without max_steps.
     """
     if options.max_steps is not None:
         return options.max_steps
-    if examples is None:
+    if not isinstance(data, Sized):
         raise UserError("RG303", "a stream has no length", fix="give max_steps")
     batch = options.per_device_train_batch_size
-    batches = examples // batch if options.drop_last else math.ceil(examples / batch)
-    return max(1, math.ceil(options.num_train_epochs * batches / (options.gradient_accumulation_steps * processes)))
+    batches = len(data) // batch if options.drop_last else math.ceil(len(data) / batch)
+    passes = options.gradient_accumulation_steps * processes.count()
+    return max(1, math.ceil(options.num_train_epochs * batches / passes))
 
 
 def train(
@@ -99,10 +104,9 @@ def train(
     _check_model(model)
     _check_sharding(options, adapter)
     folder = Path(folder)
-    examples = len(data) if isinstance(data, Sized) else None
-    if examples == 0:
+    if isinstance(data, Sized) and not len(data):
         raise UserError("RG601", "the data is empty", fix="give data with at least one example")
-    steps = steps_of(options, examples, processes.count())
+    steps = steps_of(options, data)
     try:
         objective.prepare(model)
         _check_objective(objective, model, options, adapter)

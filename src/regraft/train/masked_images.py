@@ -84,6 +84,13 @@ def hiding(
     return collate
 
 
+def hide_alike(student: Any, teacher: Any) -> None:
+    """Have an auto-encoder that reads the batches of another one hide as many patches, and guess the same of them."""
+    if is_auto_encoder(student) and is_auto_encoder(teacher):
+        for name in ("mask_ratio", "norm_pix_loss"):
+            setattr(teacher.config, name, getattr(student.config, name))
+
+
 def whole(model: Any, pixels: Tensor) -> dict[str, Tensor]:
     """The inputs with which an encoder, within `showing_all`, sees whole images with their patches in order."""
     if not is_auto_encoder(model):

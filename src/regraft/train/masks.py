@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 # Stacks that read something else than the text that `attention_mask` belongs to.
@@ -33,10 +32,3 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     weights = mask.to(values.dtype)
     per_position = values.flatten(2).mean(-1) if values.ndim > 2 else values
     return (per_position * weights).sum() / weights.sum().clamp(min=1)
-
-
-def relative_lengths(mask: Tensor | None, hidden: Tensor) -> Tensor:
-    """How many valid positions each example of (B, T, ...) has."""
-    if mask is None:
-        return torch.full((hidden.shape[0],), hidden.shape[1], device=hidden.device)
-    return mask.sum(1)

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from regraft.errors import UserError
+from regraft.train.masked_images import hide_alike
 from regraft.train.tap import Seen, Signal, look, unwrapped
 from regraft.train.teacher import Teacher
 
@@ -137,6 +138,8 @@ class Sum(Objective):
 
     def prepare(self, model: Any) -> None:
         teacher = self.teacher.model if self.teacher is not None else None
+        if self.teacher is not None:
+            hide_alike(unwrapped(model), teacher)
         for _, term in self.terms:
             term.prepare(unwrapped(model), teacher)
         if self.teacher is not None:

@@ -17,6 +17,7 @@ import torch
 
 from regraft.errors import UserError
 from regraft.train.order import generator
+from regraft.train.tap import look
 
 TOLERANCE = 1e-4  # of the largest logit; rounding gives about 1e-6
 
@@ -41,8 +42,6 @@ def check_cache(packing: bool, cache_teacher: bool) -> None:
 
 def check_packing(model: Any, *, who: str = "the model") -> None:
     """Raise RG309 if the logits of a text depend on what stands before it in a row."""
-    from regraft.train.tap import look
-
     size = int(model.config.get_text_config().vocab_size)
     ids = torch.randint(size, (7,), generator=generator(0))
     device = next(model.parameters()).device

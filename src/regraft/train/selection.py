@@ -29,7 +29,8 @@ from torch.nn import functional
 
 from regraft.errors import UserError
 from regraft.inspect import images
-from regraft.inspect.rows import Row
+from regraft.inspect.classification import names_by_number
+from regraft.inspect.rows import Row, home_of
 from regraft.train.batches import DataOptions
 from regraft.train.data import Part
 from regraft.train.objective import Collate
@@ -214,13 +215,17 @@ class Pool:
 
     @property
     def home(self) -> Path:
-        return self.path if self.path.is_dir() else self.path.parent
+        return home_of(self.path)
 
     def row(self, number: int) -> Row:
         return Row(f"{self.path}, row {number + 1}", self.data[number])
 
     def content(self, number: int) -> Content:
         return content_of(self.row(number), self.columns, self.home)
+
+    def contents(self) -> list[Content]:
+        """What each row says."""
+        return [self.content(number) for number in range(len(self.data))]
 
 
 def select(
@@ -251,9 +256,7 @@ def select(
     """
     known: set[bytes] = set()
     shape: tuple[int, ...] | None = None
-    for number in range(len(seen.data) if seen is not None else 0):
-        assert seen is not None
-        content = seen.content(number)
+    for content in seen.contents() if seen is not None else ():
         shape = content.shape if shape is None else shape
         known.add(content.digest)
     numbers: list[int] = []
@@ -282,13 +285,12 @@ def select(
             classes += best.indices.tolist()
             confidences += best.values.tolist()
         tell(min(first + batch_size, len(pool.data)), len(pool.data))
-    names = {int(number): str(name) for number, name in teacher.model.config.id2label.items()}
     chosen = top_per_class(classes, confidences, per_class)
     return Selection(
         tuple(numbers[i] for i in chosen),
         tuple(classes[i] for i in chosen),
         tuple(confidences[i] for i in chosen),
-        tuple(names[number] for number in sorted(names)),
+        tuple(names_by_number(teacher.model.config).values()),
         len(pool.data),
         copies,
         withheld,
@@ -303,7 +305,6 @@ def survey(
     Raises:
         UserError: RG602 if its outputs are not finite.
     """
-    names = {int(number): str(name) for number, name in teacher.model.config.id2label.items()}
     counts: Counter[int] = Counter()
     entropy = 0.0
     first = list(itertools.islice(iter(data), rows))
@@ -311,7 +312,7 @@ def survey(
         said = _said(teacher, collate, first[start : start + batch_size], f"the data, row {start + 1}")
         counts.update(said.argmax(-1).tolist())
         entropy -= float((said * said.clamp(min=1e-30).log()).sum())
-    classes = {names[number]: counts[number] for number in sorted(names)}
+    classes = {name: counts[number] for number, name in names_by_number(teacher.model.config).items()}
     return {"rows": len(first), "classes": classes, "entropy": entropy / max(1, len(first))}
 
 

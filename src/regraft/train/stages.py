@@ -1,4 +1,4 @@
-"""Methods that are several trainings in a row: each with its own objective, data, schedule and checkpoints.
+"""Several trainings in a row: told as one, and of methods with stages, each with its own objective, data and schedule.
 
 What a stage has made is kept beside its checkpoints until the whole is done, so that a run that was stopped in the
 third stage does not train the first two again.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from regraft.train.loop import clear, steps_of, train
+from regraft.train import processes
+from regraft.train.loop import Tell, TrainResult, clear, steps_of, train
 from regraft.train.making import Work
 from regraft.train.objective import Objective
 from regraft.train.options import TrainOptions
@@ -24,71 +26,98 @@ DONE = "done-"  # begins the names of files that a stage leaves for a run that g
 
 
 @dataclass
+class Progress:
+    """The progress of several trainings: steps of all of them, and the time that is left for all.
+
+    Attributes:
+        tell: told of each step.
+        steps: of all trainings.
+    """
+
+    tell: Tell
+    steps: int
+    _begun: tuple[float, int] | None = field(default=None, init=False)  # a time, and the steps that were done by then
+
+    def behind(self, before: int) -> Tell:
+        """What a training that begins now, behind so many steps, tells of its own steps."""
+        now = time.monotonic()
+
+        def tell(step: int, steps: int, figures: Mapping[str, float]) -> None:
+            done = before + step
+            self._begun = self._begun or (now, done - 1)
+            begun, first = self._begun
+            left = (time.monotonic() - begun) / (done - first) * (self.steps - done)
+            self.tell(done, self.steps, {**figures, "seconds_left": left})
+
+        return tell
+
+
+def joined(results: Sequence[TrainResult]) -> TrainResult:
+    """Trainings one behind the other as one, whose log goes on counting steps."""
+    history: list[dict[str, float]] = []
+    before = 0
+    for result in results:
+        history += [{**entry, "step": before + entry["step"]} for entry in result.history]
+        before += result.steps
+    return TrainResult(before, history, sum(result.seconds for result in results))
+
+
 class Stages:
     """The trainings of one run of a method.
 
-    Attributes:
+    Args:
         work: what the method was given.
         steps: of all stages together, for the progress.
     """
 
-    work: Work[Any]
-    steps: int
-    _done: int = field(default=0, init=False)
-    _history: list[dict[str, float]] = field(default_factory=list, init=False)
-    _each: list[dict[str, Any]] = field(default_factory=list, init=False)
+    def __init__(self, work: Work[Any], steps: int) -> None:
+        self.work = work
+        self._progress = Progress(work.tell, steps)
+        self._results: list[TrainResult] = []
+        self._each: list[dict[str, Any]] = []
 
     def fit(self, name: str, model: Any, objective: Objective, data: Any, options: TrainOptions) -> None:
         """Train a model in place; if this stage was done before, give it the weights that came out."""
         folder = self.work.folder / name
         kept = folder / f"{DONE}{self._digest(name, options)}.pt"
-        if kept.is_file():
+        everyone = processes.team(self.work.device)
+        if everyone.agreed(kept.is_file()):
             found = torch.load(kept, map_location="cpu", weights_only=True)
             model.load_state_dict(found["weights"])
             model.eval()
+            result = TrainResult(found["steps"], found["history"], found["seconds"])
         else:
-            found = self._trained(name, model, objective, data, options, folder)
-            _write(kept, {**found, "weights": {key: value.cpu() for key, value in model.state_dict().items()}})
-            clear(folder)
-        self._history += [{**entry, "step": entry["step"] + self._done} for entry in found["history"]]
-        self._each.append(
-            {"name": name, "steps": found["steps"], "seconds": found["seconds"], "rows": _rows(data), **_ends(found)}
-        )
-        self._done += found["steps"]
+            result = self._trained(name, model, objective, data, options, folder)
+            if everyone.first:
+                weights = {key: value.cpu() for key, value in model.state_dict().items()}
+                _write(kept, {**result.facts(), "weights": weights})
+                clear(folder)
+            everyone.meet()
+        self._results.append(result)
+        rows = len(data) if isinstance(data, Sized) else None
+        facts = {"name": name, "steps": result.steps, "seconds": result.seconds, "rows": rows}
+        if result.history:
+            facts |= {"first_loss": result.history[0]["loss"], "last_loss": result.history[-1]["loss"]}
+        self._each.append(facts)
 
     def facts(self) -> dict[str, Any]:
         """What a method tells of its training: all stages as one, and each."""
-        seconds = sum(one["seconds"] for one in self._each)
-        return {"steps": self._done, "seconds": seconds, "history": self._history, "stages": self._each}
+        return {**joined(self._results).facts(), "stages": self._each}
 
     def _trained(
         self, name: str, model: Any, objective: Objective, data: Any, options: TrainOptions, folder: Path
-    ) -> dict[str, Any]:
-        before = self._done
-
-        def tell(step: int, steps: int, figures: Mapping[str, float]) -> None:
-            self.work.tell(before + step, self.steps, figures)
-
-        rows = _rows(data)
-        self.work.message(f"{name}: {steps_of(options, rows):,} steps" + (f" on {rows:,} rows" if rows else ""))
-        result = train(
+    ) -> TrainResult:
+        rows = f" on {len(data):,} rows" if isinstance(data, Sized) else ""
+        self.work.message(f"{name}: {steps_of(options, data):,} steps{rows}")
+        before = sum(result.steps for result in self._results)
+        return train(
             model, objective, data, options,
-            folder=folder, key=f"{self.work.key} {name}", device=self.work.device, tell=tell,
+            folder=folder, key=f"{self.work.key} {name}", device=self.work.device, tell=self._progress.behind(before),
         )  # fmt: skip
-        return {"steps": result.steps, "seconds": result.seconds, "history": result.history}
 
     def _digest(self, name: str, options: TrainOptions) -> str:
         facts = [self.work.key, name, options.model_dump(mode="json")]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def _rows(data: Any) -> int | None:
-    return len(data) if hasattr(data, "__len__") else None
-
-
-def _ends(found: Mapping[str, Any]) -> dict[str, float]:
-    history = found["history"]
-    return {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]} if history else {}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from regraft.errors import UserError
 from regraft.methods import Options
 from regraft.resize.surgery import load
 from regraft.train.batches import Batches, DataOptions, batches_for
-from regraft.train.data import open_data
+from regraft.train.data import opened
 from regraft.train.loop import train
 from regraft.train.making import Made, Work, chosen
 from regraft.train.objective import Objective
@@ -69,7 +69,7 @@ def start(work: Work[Any], *, labels: bool = True) -> Start:
         model = student_of(model, chosen(o, SizeOptions), work.options.seed)
     dtype = model.dtype
     model.float()
-    data = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
+    data = opened(work.data, o)
     batches = batches_for(model, folder, next(iter(data)), chosen(o, DataOptions), data=work.data, labels=labels)
     return Start(model, data, batches, dtype)
 
@@ -96,6 +96,5 @@ def fit(work: Work[Any], begun: Start, objective: Objective, *, adapter: Any | N
         begun.model if adapter is None else adapter, objective, begun.data, chosen(work.options, TrainOptions),
         folder=work.folder, key=work.key, device=work.device, tell=work.tell,
     )  # fmt: skip
-    facts = {"steps": result.steps, "seconds": result.seconds, "history": result.history}
     model = begun.model.cpu()
-    return Made(model.to(begun.dtype) if adapter is None else model, {"training": facts})
+    return Made(model.to(begun.dtype) if adapter is None else model, {"training": result.facts()})

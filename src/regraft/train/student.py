@@ -80,9 +80,8 @@ def student_of(model: Any, options: SizeOptions, seed: int) -> Any:
     if options.init in ("layers", "bottom") and layers > depth:
         raise UserError("RG303", f"{layers} layers of a model that has {depth}", fix="give a smaller num_layers")
     config.num_hidden_layers = layers
-    for name in ("layer_types",):
-        if isinstance(kinds := getattr(config, name, None), list):
-            setattr(config, name, [kinds[i % len(kinds)] for i in range(layers)])
+    if isinstance(kinds := getattr(config, "layer_types", None), list):
+        config.layer_types = [kinds[i % len(kinds)] for i in range(layers)]
     if options.init in ("random", "embeddings"):
         _resize(config, options, modules_of(model).ffn_size)
     student = _random(model, config, seed)

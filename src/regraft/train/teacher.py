@@ -22,7 +22,20 @@ from regraft.train.masks import mask_name
 from regraft.train.tap import Seen, Signal, look
 
 TEACHER = "teacher"  # the entry of a batch that only the teacher sees
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs depend on the other examples of a batch, while they learn."""
+    return [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
+
+
+class CacheOptions(Options):
+    """Whether what frozen models say is kept."""
+
+    cache_teacher: bool = Field(
+        False, description="keep what frozen models say on disk; pays for fixed inputs over several epochs"
+    )
 
 
 class TeacherOptions(Options):
@@ -107,10 +120,9 @@ class Teacher:
         """Nothing is drawn and nothing is learnt in a pass."""
         self.model.eval()
         if self.batch_statistics:
-            for module in self.model.modules():
-                if isinstance(module, BATCH_NORMS):
-                    module.train()
-                    module.momentum = 0.0  # the running statistics stay what they are
+            for module in batch_norms(self.model):
+                module.train()
+                module.momentum = 0.0  # type: ignore[assignment]  # the running statistics stay what they are
 
     def _cached(self, inputs: Mapping[str, Tensor], home: torch.device) -> Seen:
         assert self.cache is not None

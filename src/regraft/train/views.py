@@ -1,13 +1,12 @@
-"""What student and teacher see of an example: the same text or image, each as it needs it, augmented alike.
+"""What student and teachers see of an example: the same text or image, each as it needs it, augmented alike.
 
 Two classifiers may differ in tokenizer, image processor or size of images: then a batch holds the student's inputs and,
-in its entry `teacher`, the teacher's. A random crop is a share of the image, so that both see the same part of it,
-whatever the sizes; everything is drawn from the example's seed.
+in its entry `teacher`, the teacher's; those of further teachers are in `teacher_2` and so on. A random crop is a share
+of the image, so that all see the same part of it, whatever the sizes; everything is drawn from the example's seed.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,18 +19,18 @@ from torch.nn import functional
 
 from regraft.errors import UserError
 from regraft.methods import Options
+from regraft.train.batches import Batches, DataOptions, batches_for
+from regraft.train.making import roles_for
 from regraft.train.objective import Batch, Collate
 from regraft.train.order import generator
 from regraft.train.teacher import TEACHER
-from regraft.train.vocabulary import has_tokenizer, vocabulary
 
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _TRIES = 10  # to draw a crop that fits
 _LONGEST = math.log(4 / 3)  # of the sides of a crop, as everywhere
 
 
 class AugmentOptions(Options):
-    """How images are changed at random before both models see them."""
+    """How images are changed at random before the models see them."""
 
     crop: float = Field(
         1.0,
@@ -85,23 +84,58 @@ def crop_box(source: torch.Generator, least: float, ratio: float) -> tuple[float
     return 0.0, 0.0, 1.0, 1.0
 
 
+def own_batches(
+    teacher: Any, folder: Path, student: Batches, example: Mapping[str, Any], columns: DataOptions, data: Path | None
+) -> Batches | None:
+    """How a teacher of a classifier is fed; None where the student's batches hold what it reads.
+
+    Args:
+        teacher: the model of `folder`.
+        student: the student's batches.
+        example: the first one of `data`.
+
+    Raises:
+        UserError: as `batches_for`.
+    """
+    own = batches_for(teacher, folder, example, columns, data=data, labels=False)
+    alike = own.preparation()
+    return None if alike and alike == student.preparation() else own
+
+
 def seen_by_both(student: Collate, teacher: Collate | None, options: AugmentOptions | None = None) -> Collate:
-    """Batches of the student's inputs, with the teacher's own under `teacher` if it has any.
+    """`seen_by_all` for one teacher."""
+    return seen_by_all(student, [teacher], options)
+
+
+def seen_by_all(student: Collate, teachers: Sequence[Collate | None], options: AugmentOptions | None = None) -> Collate:
+    """Batches of the student's inputs, with those of each teacher that has its own; `views` takes them apart.
 
     Args:
         student: makes the student's inputs.
-        teacher: makes the teacher's; None where it takes the student's.
-        options: how images are augmented, the same for both.
+        teachers: each makes a teacher's; None for one that takes the student's.
+        options: how images are augmented, the same for all.
     """
     options = options or AugmentOptions()
+    own = {name: one for name, one in zip(_entries(len(teachers)), teachers, strict=True) if one is not None}
 
     def collate(examples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Batch:
         batch = _changed(student(examples, seeds), seeds, options)
-        if teacher is not None:
-            batch[TEACHER] = _changed(teacher(examples, seeds), seeds, options)
-        return batch
+        return batch | {name: _changed(teacher(examples, seeds), seeds, options) for name, teacher in own.items()}
 
     return collate
+
+
+def views(batch: Batch, teachers: int) -> tuple[Batch, list[Batch]]:
+    """What the student and each of so many teachers see of a batch of `seen_by_all`."""
+    names = _entries(teachers)
+    own = {name: batch[name] for name in names if isinstance(batch.get(name), Mapping)}
+    student = {name: value for name, value in batch.items() if name not in own}
+    return student, [own.get(name, student) for name in names]
+
+
+def _entries(teachers: int) -> list[str]:
+    """The entries of a batch for the own inputs of teachers, called as the teachers are in a recipe."""
+    return roles_for(TEACHER, teachers)
 
 
 def _changed(batch: Batch, seeds: Sequence[int], options: AugmentOptions) -> Batch:
@@ -111,17 +145,3 @@ def _changed(batch: Batch, seeds: Sequence[int], options: AugmentOptions) -> Bat
         raise UserError("RG303", "crop, flip and noise are for images, and the data holds texts", fix="leave them out")
     images = [augmented(image, seed, options) for image, seed in zip(batch["pixel_values"], seeds, strict=True)]
     return batch | {"pixel_values": torch.stack(images)}
-
-
-def see_alike(student: Path, teacher: Path) -> bool:
-    """Whether the inputs of one model are those of the other: the same vocabulary, or the same image processor."""
-    if has_tokenizer(student) or has_tokenizer(teacher):
-        return vocabulary(student) == vocabulary(teacher)
-    return bool(_processor(student) == _processor(teacher))
-
-
-def _processor(folder: Path) -> Any:
-    for name in _PROCESSORS:
-        if (folder / name).is_file():
-            return json.loads((folder / name).read_text(encoding="utf-8"))
-    return None

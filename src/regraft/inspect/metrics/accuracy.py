@@ -13,7 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from regraft.inspect.classification import ClassifierOptions, check_classifier, classifier
+from regraft.inspect.classification import ClassifierOptions, classifier
+from regraft.inspect.inputs import check_labelled
 from regraft.inspect.intervals import wilson
 from regraft.inspect.metric import Score, metric
 
@@ -22,7 +23,7 @@ class AccuracyOptions(ClassifierOptions):
     """Options of accuracy."""
 
 
-@metric(summary="share of rows whose predicted class is the true one", options=AccuracyOptions, check=check_classifier)
+@metric(summary="share of rows whose predicted class is the true one", options=AccuracyOptions, check=check_labelled)
 def accuracy(model: Path, data: Path, options: AccuracyOptions) -> Score:
     """Raises RG601 for data and RG602 for models that cannot be used. Memory: one batch."""
     asked = classifier(model, data, options)

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from regraft.errors import UserError, nearest
-from regraft.inspect.classification import ClassifierOptions, check_classifier, classifier
+from regraft.inspect.classification import ClassifierOptions, classifier
+from regraft.inspect.inputs import check_labelled
 from regraft.inspect.intervals import bootstrap
 from regraft.inspect.metric import Score, metric
 
@@ -41,7 +42,7 @@ def _check(data: Path, options: F1Options) -> None:
     if (options.average == "binary") != (options.positive is not None):
         what = "average: binary and positive go together"
         raise UserError("RG303", what, where="f1", fix="give both, or leave both out")
-    check_classifier(data, options)
+    check_labelled(data, options)
 
 
 @metric(summary="harmonic mean of precision and recall, over classes", options=F1Options, check=_check)

@@ -14,44 +14,33 @@ from typing import Any, Literal
 from pydantic import Field
 
 from regraft.errors import UserError
-from regraft.inspect.embedding import EmbeddingOptions, check_rows, embedder, labelled, share_right
+from regraft.inspect.embedding import NeighbourOptions, check_rows, embedder, labelled, share_right
 from regraft.inspect.metric import Score, metric
-from regraft.inspect.rows import need
 
 
-class KnnOptions(EmbeddingOptions):
+class KnnOptions(NeighbourOptions):
     """Options of knn."""
 
-    label: str = Field("label", description="column with the class: a name, or a number")
-    train_data: str | None = Field(
-        None, description="file or folder of the rows whose labels are known; by default all other rows of the data"
-    )
     k: int = Field(5, ge=1, description="neighbours that vote")
     metric: Literal["cosine", "euclidean"] = Field("cosine", description="what is near")
     weights: Literal["uniform", "distance"] = Field("uniform", description="votes count alike, or by 1 / distance")
 
 
-def _check(data: Path, options: KnnOptions) -> None:
-    need("sklearn", "eval", "the metric knn")
-    check_rows(data, options)
-
-
 @metric(
     summary="accuracy of nearest neighbours among a model's embeddings",
     options=KnnOptions,
-    check=_check,
+    check=check_rows,
     files=("train_data",),
 )
 def knn(model: Path, data: Path, options: KnnOptions) -> Score:
     """Raises RG601 for data, RG602 for models that cannot be used. Memory: the vectors of all rows."""
-    _check(data, options)
+    check_rows(data, options)
     from sklearn.neighbors import KNeighborsClassifier
 
     embed = embedder(model, options, data)
     asked = labelled(embed, data, options, limit=options.limit)
     known = asked
     if options.train_data is not None:
-        embed.home = Path(options.train_data) if Path(options.train_data).is_dir() else Path(options.train_data).parent
         known = labelled(embed, Path(options.train_data), options)
     most = len(known.labels) - (options.train_data is None)
     if most < options.k:

@@ -18,44 +18,33 @@ import numpy as np
 from pydantic import Field
 
 from regraft.errors import UserError
-from regraft.inspect.embedding import EmbeddingOptions, Labelled, check_rows, embedder, labelled, share_right
+from regraft.inspect.embedding import Labelled, NeighbourOptions, check_rows, embedder, labelled, share_right
 from regraft.inspect.metric import Score, metric
-from regraft.inspect.rows import need
 
 
-class LinearProbeOptions(EmbeddingOptions):
+class LinearProbeOptions(NeighbourOptions):
     """Options of linear_probe."""
 
-    label: str = Field("label", description="column with the class: a name, or a number")
-    train_data: str | None = Field(
-        None, description="file or folder of rows to fit the classifier to; by default the data, by cross-validation"
-    )
     C: float = Field(1.0, gt=0, description="inverse strength of the L2 penalty")
     folds: int = Field(5, ge=2, description="parts of the data, where there is no train_data")
     max_iter: int = Field(1000, ge=1, description="most steps of the solver")
     seed: int = Field(0, ge=0, lt=2**32, description="of the division into folds")
 
 
-def _check(data: Path, options: LinearProbeOptions) -> None:
-    need("sklearn", "eval", "the metric linear_probe")
-    check_rows(data, options)
-
-
 @metric(
     summary="accuracy of a logistic regression on a model's frozen embeddings",
     options=LinearProbeOptions,
-    check=_check,
+    check=check_rows,
     files=("train_data",),
 )
 def linear_probe(model: Path, data: Path, options: LinearProbeOptions) -> Score:
     """Raises RG601 for data, RG602 for models that cannot be used. Memory: the vectors of all rows."""
-    _check(data, options)
+    check_rows(data, options)
     embed = embedder(model, options, data)
     asked = labelled(embed, data, options, limit=options.limit)
     if options.train_data is None:
         guesses, slow = _by_folds(asked, options, data)
     else:
-        embed.home = Path(options.train_data) if Path(options.train_data).is_dir() else Path(options.train_data).parent
         known = labelled(embed, Path(options.train_data), options)
         _need_classes(known, Path(options.train_data))
         fitted, slow = _fitted(known.vectors, known.labels, options)

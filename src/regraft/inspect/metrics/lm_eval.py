@@ -37,7 +37,7 @@ from regraft.errors import UserError, nearest
 from regraft.inspect.intervals import Z
 from regraft.inspect.loading import Loaded, load_config, load_model, load_tokenizer, quiet, refuse_masked
 from regraft.inspect.metric import MetricOptions, Score, metric
-from regraft.inspect.rows import need
+from regraft.inspect.rows import home_of, need
 
 
 class LmEvalOptions(MetricOptions):
@@ -98,7 +98,7 @@ def _answers(loaded: Loaded, two: bool, data: Path | None, options: LmEvalOption
     if options.chat and tokenizer.chat_template is None:
         what = "the model's tokenizer has no chat template"
         raise UserError("RG602", what, where=str(loaded.folder), fix="leave out chat, or take a model for chats")
-    folder = str(data if data.is_dir() else data.parent) if data is not None else None
+    folder = str(home_of(data)) if data is not None else None
     with _silence():  # it warns that it was given a model instead of a name
         manager = TaskManager(include_path=folder, include_defaults=data is None)
         asked = HFLM(

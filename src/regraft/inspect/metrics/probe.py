@@ -45,13 +45,17 @@ from torch import Tensor
 from regraft.errors import UserError, nearest
 from regraft.inspect import answers as ask
 from regraft.inspect import images
+from regraft.inspect.classification import label_names
+from regraft.inspect.inputs import PairOptions, input_of
 from regraft.inspect.intervals import wilson
 from regraft.inspect.loading import Loaded, context_length, load_model, load_tokenizer, text_part, tokenize
 from regraft.inspect.metric import Answer, MetricOptions, Score, metric
-from regraft.inspect.rows import Row, group_of, input_of, read_rows
+from regraft.inspect.rows import Row, group_of, home_of, read_rows
 
 
-class ProbeOptions(MetricOptions):
+class ProbeOptions(PairOptions, MetricOptions):
+    """Options of probe."""
+
     task: Literal["auto", "classify", "generate", "fill", "embed"] = Field(
         "auto", description="what to ask of the models; auto: what their architecture is for"
     )
@@ -59,11 +63,6 @@ class ProbeOptions(MetricOptions):
     max_new_tokens: int = Field(20, ge=1, le=1000, description="most tokens that a language model writes")
     chat: bool = Field(False, description="put each text into the model's chat template, as what the user says")
     label: str = Field("label", description="column with the right answer; may be missing")
-    text: str = Field("text", description="column with the text")
-    text_pair: str | None = Field(None, description="column with a second text, for classifiers of pairs")
-    image: str = Field("image", description="column with images: file names, nested lists from 0 to 255, or images")
-    pixel_values: str = Field("pixel_values", description="column with arrays that go into the model as they are")
-    max_length: int | None = Field(None, ge=1, description="cut texts here; by default at what the model takes")
 
 
 def _check(data: Path, options: ProbeOptions) -> None:
@@ -129,13 +128,7 @@ class _Session:
     @cached_property
     def names(self) -> Mapping[int, str]:
         """Label number -> name."""
-        config = self.loaded.config
-        names = {int(i): str(name) for i, name in config.id2label.items()}
-        if len(names) < 2 or config.problem_type in ("regression", "multi_label_classification"):
-            what = f"the model's head has {len(names)} output(s) of type {config.problem_type or 'regression'}"
-            fix = "probe a model whose head gives one label per input"
-            raise UserError("RG602", what, where=str(self.loaded.folder), fix=fix)
-        return names
+        return label_names(self.loaded)
 
     @cached_property
     def words(self) -> list[str]:
@@ -225,8 +218,7 @@ class _Session:
             self.cut += cut
             return inputs
         if self.kind == "image":
-            folder = self.data if self.data.is_dir() else self.data.parent
-            pictures = [images.picture(row, options.image, folder) for row in batch]
+            pictures = [images.picture(row, options.image, home_of(self.data)) for row in batch]
             pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         else:
             pixels = images.stacked(batch, options.pixel_values, loaded)

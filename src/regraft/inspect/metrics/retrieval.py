@@ -25,15 +25,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from regraft.errors import UserError
-from regraft.inspect.embedding import embedder
+from regraft.inspect.embedding import EmbedderOptions, embedder
 from regraft.inspect.intervals import bootstrap
-from regraft.inspect.metric import MetricOptions, Score, metric
+from regraft.inspect.metric import Score, metric
 from regraft.inspect.rows import Row, group_of, in_batches, read_rows
 
 _BLOCK = 1024  # queries whose cosines are in memory at a time
 
 
-class RetrievalOptions(MetricOptions):
+class RetrievalOptions(EmbedderOptions):
     """Options of retrieval."""
 
     query: str = Field("query", description="column with the text that asks")
@@ -43,8 +43,6 @@ class RetrievalOptions(MetricOptions):
     measure: Literal["recall", "mrr"] = Field("recall", description="recall@k, or the mean reciprocal rank")
     k: int = Field(1, ge=1, description="of recall@k")
     reverse: bool = Field(False, description="documents ask, and queries are to be found")
-    pooling: Literal["mean", "first"] = Field("mean", description="mean over tokens, or the first token's state")
-    max_length: int | None = Field(None, ge=1, description="cut texts here; by default at what the model takes")
 
 
 def _check(data: Path, options: RetrievalOptions) -> None:

@@ -8,7 +8,7 @@ also 0 and 1. The interval resamples pairs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +16,20 @@ from pydantic import Field
 from torch.nn import functional
 
 from regraft.errors import UserError
-from regraft.inspect.embedding import embedder
+from regraft.inspect.embedding import EmbedderOptions, embedder
 from regraft.inspect.intervals import bootstrap
-from regraft.inspect.metric import MetricOptions, Score, metric
+from regraft.inspect.metric import Score, metric
 from regraft.inspect.rows import Row, group_of, in_batches, read_rows
 
 Floats = NDArray[np.float64]
 
 
-class SimilarityOptions(MetricOptions):
+class SimilarityOptions(EmbedderOptions):
+    """Options of similarity."""
+
     sentence1: str = Field("sentence1", description="column with the first sentence")
     sentence2: str = Field("sentence2", description="column with the second sentence")
     score: str = Field("score", description="column with the gold score: the higher, the more similar")
-    pooling: Literal["mean", "first"] = Field("mean", description="mean over tokens, or the first token's state")
-    max_length: int | None = Field(None, ge=1, description="cut sentences here; by default at what the model takes")
 
 
 def _check(data: Path, options: SimilarityOptions) -> None:

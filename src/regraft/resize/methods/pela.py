@@ -34,10 +34,11 @@ from regraft.objectives.logits import Logits
 from regraft.objectives.own_loss import OwnLoss
 from regraft.objectives.perturbation import Perturbation
 from regraft.resize import cost
-from regraft.resize.factorise import LowRankOptions, factorise, input_moments, plan
+from regraft.resize.factorise import LowRankOptions, factorise
 from regraft.resize.surgery import load
+from regraft.resize.whitening import WhiteningOptions, collated, moments_for
 from regraft.train.batches import DataOptions, batches_for
-from regraft.train.data import open_data
+from regraft.train.data import opened
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.loop import train
 from regraft.train.making import Made, Work, chosen, maker
@@ -45,10 +46,10 @@ from regraft.train.objective import Sum, Term
 from regraft.train.options import TrainOptions
 from regraft.train.packing import check_cache
 from regraft.train.processes import rank
-from regraft.train.teacher import Teacher, TeacherOptions, device_of
+from regraft.train.teacher import CacheOptions, Teacher, TeacherOptions, device_of
 
 
-class PelaOptions(LowRankOptions, DataOptions, TrainOptions, TeacherOptions):
+class PelaOptions(LowRankOptions, WhiteningOptions, DataOptions, TrainOptions, TeacherOptions, CacheOptions):
     """Options of PELA; those of training are for the intermediate pre-training."""
 
     learning_rate: float = Field(1e-4, gt=0, le=10, description="the highest learning rate of AdamW")
@@ -64,11 +65,6 @@ class PelaOptions(LowRankOptions, DataOptions, TrainOptions, TeacherOptions):
     perturbation_every: int = Field(1, ge=1, description="steps between two that compute it")
     logit_weight: float = Field(0.0, ge=0, description="of the squared difference of logits (beta)")
     features: Literal["all", "last"] = Field("all", description="match all blocks, or the last one of each stack")
-    init: Literal["svd", "whitened"] = Field("svd", description="factors that are best for weights, or on the data")
-    calibration_rows: int = Field(256, ge=1, description="rows that whitening looks at")
-    cache_teacher: bool = Field(
-        False, description="keep what the teacher says on disk; pays for fixed inputs over several epochs"
-    )
 
 
 @maker(
@@ -95,7 +91,7 @@ def pela(work: Work[PelaOptions]) -> Made:
     dtype = student.dtype
     student.float()  # half precision is widened to be trained, and for what it is compared with
     original.float()
-    data = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
+    data = opened(work.data, o)
     first = next(iter(data))
     batches = batches_for(student, folder, first, chosen(o, DataOptions), data=work.data)
     task_weight = o.task_weight if o.task_weight is not None else float(batches.has_loss)
@@ -105,11 +101,8 @@ def pela(work: Work[PelaOptions]) -> Made:
     low_rank = chosen(o, LowRankOptions)
     size = o.per_device_train_batch_size
     examples = list(itertools.islice(iter(data), o.calibration_rows if o.init == "whitened" else size))
-    groups = [examples[i : i + size] for i in range(0, len(examples), size)]
-    moments = None
-    if o.init == "whitened":
-        names = [layer.name for layer in plan(student, low_rank).factorised]
-        moments = input_moments(original, [batches.collate(g, [0] * len(g)) for g in groups], names)
+    seen = collated(batches.collate, examples, size)
+    moments = moments_for(student, seen, low_rank) if o.init == "whitened" else None
     made = factorise(student, low_rank, moments=moments)
     work.message(made.in_words())
     check_cache(o.packing, o.cache_teacher)
@@ -128,11 +121,11 @@ def pela(work: Work[PelaOptions]) -> Made:
         student, Sum(batches.collate, active, teacher), data, chosen(o, TrainOptions),
         folder=work.folder, key=work.key, device=work.device, tell=work.tell,
     )  # fmt: skip
-    measured = cost.compared(original, student, batches.collate(groups[0], [0] * len(groups[0])))
+    measured = cost.compared(original, student, seen[0])
     diagnostics: dict[str, Any] = {
         **cost.summary(measured),
         "low_rank": made.to_dict(),
         "cost": measured,
-        "training": {"steps": result.steps, "seconds": result.seconds, "history": result.history},
+        "training": result.facts(),
     }
     return Made(student.cpu().to(dtype).eval(), diagnostics, made.warnings)

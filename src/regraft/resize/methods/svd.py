@@ -13,24 +13,24 @@ Use it as a baseline, or where there is no data to train on; with data, `pela` c
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from regraft.errors import UserError
 from regraft.resize import cost
-from regraft.resize.factorise import LowRankOptions, factorise, input_moments, plan
+from regraft.resize.factorise import LowRankOptions, factorise
 from regraft.resize.surgery import load
+from regraft.resize.whitening import WhiteningOptions, collated, moments_for
 from regraft.train.batches import DataOptions, batches_for
-from regraft.train.data import open_data
+from regraft.train.data import opened
 from regraft.train.making import Made, Work, chosen, maker
+from regraft.train.objective import Batch
 
 
-class SvdOptions(LowRankOptions, DataOptions):
+class SvdOptions(LowRankOptions, DataOptions, WhiteningOptions):
     """Options of svd."""
 
-    init: Literal["svd", "whitened"] = Field("svd", description="best for the weights, or for outputs on the data")
-    calibration_rows: int = Field(256, ge=1, description="rows of the data that whitening looks at")
     calibration_batch: int = Field(16, ge=1, description="rows per pass")
 
 
@@ -44,26 +44,22 @@ def svd(work: Work[SvdOptions]) -> Made:
     if o.init == "whitened" and work.data is None:
         raise UserError("RG601", "whitening needs data", fix="add data: ..., or set init to svd")
     model = load(work.models["model"])
-    original = load(work.models["model"])
     moments = None
-    batch: dict[str, Any] | None = None
+    batch: Batch | None = None
     if work.data is not None:
-        rows = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
+        rows = opened(work.data, o)
         examples = list(itertools.islice(iter(rows), o.calibration_rows))
         collate = batches_for(model, work.models["model"], examples[0], chosen(o, DataOptions), data=work.data).collate
-        size = o.calibration_batch
-        groups = [examples[i : i + size] for i in range(0, len(examples), size)]
-        batches = [collate(group, [0] * len(group)) for group in groups]
+        batches = collated(collate, examples, o.calibration_batch)
         batch = batches[0]
         if o.init == "whitened":
-            names = [layer.name for layer in plan(model, chosen(o, LowRankOptions)).factorised]
-            moments = input_moments(model, batches, names)
+            moments = moments_for(model, batches, chosen(o, LowRankOptions))
     made = factorise(
         model, chosen(o, LowRankOptions), moments=moments, on_progress=lambda done, n: work.tell(done, n, {})
     )
     work.message(made.in_words())
     diagnostics: dict[str, Any] = {"low_rank": made.to_dict()}
     if batch is not None:
-        measured = cost.compared(original, model, batch)
+        measured = cost.compared(load(work.models["model"]), model, batch)
         diagnostics |= cost.summary(measured) | {"cost": measured}
     return Made(model.eval(), diagnostics, made.warnings)

@@ -4,8 +4,9 @@
 
 L_logit compares the distributions of both heads (`kl`, `soft_ce`, `sym_kl`, `js` with a temperature, or `mse` of the
 logits), L_feature the hidden states of all blocks or of the last one (`mse` or `cosine`), L_own is the student's loss
-on labels. Both models read the same inputs: they need the same tokenizer, and for logits the same labels or vocabulary;
-for features the same width.
+on labels. Both models read the same inputs: they need the same tokenizer, and for logits the same vocabulary or classes
+of the same names (`id2label`), in whatever order; for features the same width. `mse` takes any head, the other losses
+those that choose one of several classes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import Field
 
 from regraft.errors import UserError
 from regraft.objectives.features import Features
-from regraft.objectives.logits import Logits
+from regraft.objectives.logits import Kind, Logits
 from regraft.objectives.own_loss import OwnLoss
 from regraft.resize.surgery import load
 from regraft.train.feature_cache import FeatureCache
@@ -25,29 +26,26 @@ from regraft.train.objective import Sum, Term
 from regraft.train.packing import check_cache, check_packing
 from regraft.train.processes import rank
 from regraft.train.start import FitOptions, HeadOptions, fit, keeps_tensors, start
-from regraft.train.teacher import Teacher, TeacherOptions, device_of
+from regraft.train.teacher import CacheOptions, Teacher, TeacherOptions, device_of
 from regraft.train.vocabulary import same_tokens
 
 
-class DistilOptions(FitOptions, HeadOptions, TeacherOptions):
+class DistilOptions(FitOptions, HeadOptions, TeacherOptions, CacheOptions):
     """Options of distil."""
 
     logit_weight: float = Field(1.0, ge=0, description="of the logits")
-    logit_loss: Literal["kl", "soft_ce", "sym_kl", "js", "mse"] = Field("kl", description="how logits are compared")
+    logit_loss: Kind = Field("kl", description="how logits are compared")
     temperature: float = Field(1.0, gt=0, description="both logits are divided by it")
     feature_weight: float = Field(0.0, ge=0, description="of the hidden states")
     feature_loss: Literal["mse", "cosine"] = Field("mse", description="how hidden states are compared")
     features: Literal["all", "last"] = Field("all", description="compare all blocks, or the last one of each stack")
     task_weight: float = Field(0.0, ge=0, description="of the student's own loss on labels")
-    cache_teacher: bool = Field(
-        False, description="keep what the teacher says on disk; pays for fixed inputs over several epochs"
-    )
 
 
 @maker(room="train", summary="learn a teacher's logits and hidden states", options=DistilOptions,
        roles={"teacher": True}, same_tensors=keeps_tensors)  # fmt: skip
 def distil(work: Work[DistilOptions]) -> Made:
-    """Raises RG204 and RG201 for models that do not go together, RG309 for labels that are not there."""
+    """Raises RG204, RG207 and RG201 for models that do not go together, RG309 for labels that are not there."""
     o = work.options
     begun = start(work)
     if o.task_weight and not begun.batches.has_loss:

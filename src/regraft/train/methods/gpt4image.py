@@ -42,7 +42,8 @@ from regraft.train.making import Made, Work, maker
 from regraft.train.objective import Sum
 from regraft.train.start import FitOptions, HeadOptions, Start, fit, keeps_tensors, start
 from regraft.train.tap import accepted
-from regraft.train.text_embeddings import Pooling, TextEmbeddings, TextEncoder, embed_texts
+from regraft.train.text_embeddings import TextEmbeddings, embed_texts
+from regraft.train.text_encoder import Pooling, TextEncoder
 
 ALIKE = 0.9  # mean cosine of two descriptions above which an encoder hardly tells them apart
 

@@ -29,9 +29,10 @@ on labelled data.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,11 +42,12 @@ from pydantic import Field, field_validator
 from regraft.errors import UserError
 from regraft.inspect.loading import device_of
 from regraft.methods import Paper
-from regraft.objectives.logits import Logits, class_names
+from regraft.objectives.logits import Logits
 from regraft.objectives.own_loss import OwnLoss
 from regraft.resize.surgery import load
 from regraft.train.batches import Batches, DataOptions, batches_for
-from regraft.train.data import open_data
+from regraft.train.class_names import class_names, name_classes
+from regraft.train.data import open_data, opened
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.loop import steps_of
 from regraft.train.making import Made, Work, chosen, maker
@@ -55,14 +57,14 @@ from regraft.train.selection import HeldOut, Pool, survey
 from regraft.train.stages import Stages
 from regraft.train.start import FitOptions
 from regraft.train.student import SizeOptions, student_of, with_classes
-from regraft.train.teacher import Teacher
-from regraft.train.views import see_alike, seen_by_both
+from regraft.train.teacher import CacheOptions, Teacher
+from regraft.train.views import own_batches, seen_by_both
 
 STAGES = ("pretrain", "distil", "fine_tune")
 _COMPARED = 20_000  # rows whose words are counted
 
 
-class PretrainedDistillationOptions(FitOptions):
+class PretrainedDistillationOptions(FitOptions, CacheOptions):
     """Options of pretrained_distillation; those of training are for all stages, the prefixed ones for one of them."""
 
     init: Literal["weights", "layers", "bottom", "embeddings", "random"] = Field(
@@ -80,7 +82,6 @@ class PretrainedDistillationOptions(FitOptions):
     fine_tune_max_steps: int | None = Field(None, ge=1, description="steps of fine-tuning")
     fine_tune_num_train_epochs: float | None = Field(None, gt=0, description="passes of fine-tuning over its texts")
     temperature: float = Field(1.0, gt=0, description="both logits are divided by it")
-    cache_teacher: bool = Field(False, description="keep what the teacher says on disk; pays over several epochs")
 
     @field_validator("stages")
     @classmethod
@@ -118,6 +119,7 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
     names: tuple[str, ...] = o.stages or (*STAGES[:2], *(STAGES[2:] if "labelled" in work.sources else ()))
     if "fine_tune" in names and "labelled" not in work.sources:
         raise UserError("RG601", "the stage fine_tune needs labelled data", fix="add labelled: ..., or leave it out")
+    assert work.data is not None
     folder, columns = work.models["model"], chosen(o, DataOptions)
     original = load(work.models["teacher"]).float()
     labels = _labels(o, original)
@@ -127,7 +129,7 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
     student.float()
 
     # Everything is looked at before anything is trained.
-    texts = {"data": _opened(work, o), **{name: open_data(path) for name, path in work.sources.items()}}
+    texts = {"data": opened(work.data, o), **{name: open_data(path) for name, path in work.sources.items()}}
     _need_apart(work, texts, columns)
     corpus = texts.get("corpus", texts["data"])
     plain = _plain_batches(student, folder, _first(corpus), columns) if "pretrain" in names else None
@@ -141,17 +143,17 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
     term = Logits("soft_ce", o.temperature)
     term.prepare(classifier, original)
 
-    theirs = _their_collate(work, original, texts["data"], columns)
-    said = survey(Teacher(original.to(device_of(work.device))), theirs or inputs.collate, texts["data"])
+    theirs = own_batches(original, work.models["teacher"], inputs, _first(texts["data"]), columns, work.data)
+    said = survey(Teacher(original.to(device_of(work.device))), (theirs or inputs).collate, texts["data"])
 
     plans = {name: _options(o, name) for name in names}
     data = {"pretrain": corpus, "distil": texts["data"], "fine_tune": texts.get("labelled")}
-    stages = Stages(work, sum(steps_of(plan, _length(data[name])) for name, plan in plans.items()))
+    stages = Stages(work, sum(steps_of(plan, data[name]) for name, plan in plans.items()))
     if plain is not None:
         stages.fit("pretrain", student, Sum(plain.collate, [(1.0, OwnLoss())]), corpus, plans["pretrain"])
         classifier = with_classes(student, labels, o.seed)
     if "distil" in names:
-        collate = seen_by_both(inputs.collate, theirs)
+        collate = seen_by_both(inputs.collate, theirs.collate if theirs else None)
         cache = FeatureCache(work.folder / "features", work.key) if o.cache_teacher else None
         teacher = Teacher(original, cache=cache)
         stages.fit("distil", classifier, Sum(collate, [(1.0, term)], teacher), data["distil"], plans["distil"])
@@ -169,6 +171,7 @@ def pretrained_distillation(work: Work[PretrainedDistillationOptions]) -> Made:
 
 
 def _labels(o: PretrainedDistillationOptions, teacher: Any) -> Sequence[str]:
+    """The names of the student's classes; a teacher whose classes have none is given them."""
     if not type(teacher).__name__.endswith("ForSequenceClassification"):
         what = f"the teacher is a {type(teacher).__name__}, not a classifier of texts"
         raise UserError("RG309", what, fix="fine-tune it with head: sequence_classification first")
@@ -179,6 +182,8 @@ def _labels(o: PretrainedDistillationOptions, teacher: Any) -> Sequence[str]:
     if found is not None and o.labels and set(found) != set(o.labels):
         what = f"labels are {', '.join(o.labels)} and the teacher's {', '.join(found)}"
         raise UserError("RG207", what, fix="leave labels out")
+    if found is None:
+        name_classes(teacher, o.labels)
     return o.labels or found or ()
 
 
@@ -190,41 +195,27 @@ def _plain_batches(student: Any, folder: Path, first: Any, columns: DataOptions)
     return found
 
 
-def _opened(work: Work[Any], o: PretrainedDistillationOptions) -> Any:
-    assert work.data is not None
-    return open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
-
-
 def _first(data: Any) -> Any:
     return next(iter(data))
-
-
-def _length(data: Any) -> int | None:
-    return len(data) if hasattr(data, "__len__") else None
 
 
 def _need_apart(work: Work[Any], texts: dict[str, Any], columns: DataOptions) -> None:
     """Raise RG601 if a held-out row is in the data that is trained on."""
     if "held_out" not in texts:
         return
-    apart = Pool(texts["held_out"], work.sources["held_out"], columns)
-    held = HeldOut([apart.content(i) for i in range(len(apart.data))], 1.0)
+    held = HeldOut(Pool(texts["held_out"], work.sources["held_out"], columns).contents(), 1.0)
     for name in ("data", "labelled"):
         path = work.sources.get(name, work.data)
-        if name not in texts or path is None or _length(texts[name]) is None:
+        if name not in texts or path is None:
             continue
+        if not isinstance(texts[name], Sized):
+            what = "held_out is looked for in all rows of data, which a stream does not have"
+            raise UserError("RG303", what, fix="set stream to false, or leave out held_out")
         pool = Pool(texts[name], path, columns)
         for number in range(len(pool.data)):
             if held.has(pool.content(number)):
                 fix = "take it out, or leave out held_out"
                 raise UserError("RG601", "a held-out row is trained on", where=pool.row(number).where, fix=fix)
-
-
-def _their_collate(work: Work[Any], teacher: Any, data: Any, columns: DataOptions) -> Any:
-    if see_alike(work.models["model"], work.models["teacher"]):
-        return None
-    theirs: Batches = batches_for(teacher, work.models["teacher"], _first(data), columns, labels=False)
-    return theirs.collate
 
 
 def _options(o: PretrainedDistillationOptions, stage: str) -> TrainOptions:
@@ -258,5 +249,5 @@ def distance(transfer: Sequence[str], labelled: Sequence[str]) -> dict[str, floa
 
 
 def _words(data: Any, column: str) -> list[str]:
-    count = min(_length(data) or 0, _COMPARED)
-    return [word for i in range(count) for word in re.findall(r"\w+", str(data[i].get(column, "")).lower())]
+    rows = itertools.islice(iter(data), _COMPARED)
+    return [word for row in rows for word in re.findall(r"\w+", str(row.get(column, "")).lower())]

@@ -25,7 +25,6 @@ were not published: for texts, too, the first token is compared, where the token
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -40,19 +39,20 @@ from regraft.objectives.self_distil import WHOLE, SelfDistillation, Target
 from regraft.resize.surgery import load
 from regraft.train.batches import DataOptions, batches_for
 from regraft.train.feature_cache import FeatureCache
-from regraft.train.loop import TrainResult, train
+from regraft.train.loop import TrainResult, steps_of, train
 from regraft.train.making import Made, Work, chosen, maker
 from regraft.train.masked_images import whole
 from regraft.train.objective import Collate, Objective, Sum
 from regraft.train.options import TrainOptions
+from regraft.train.stages import Progress, joined
 from regraft.train.start import Start, start
-from regraft.train.teacher import Teacher
+from regraft.train.teacher import CacheOptions, Teacher
 from regraft.train.vocabulary import same_tokens
 
 _KINDS = ("masked", "causal", "masked images")
 
 
-class SelfDistilOptions(DataOptions, TrainOptions):
+class SelfDistilOptions(DataOptions, TrainOptions, CacheOptions):
     """Options of self_distil; those of training are for each run."""
 
     learning_rate: float = Field(1.5e-4, gt=0, le=10, description="the highest learning rate of AdamW")
@@ -69,7 +69,6 @@ class SelfDistilOptions(DataOptions, TrainOptions):
     )
     distil_weight: float = Field(1.0, gt=0, description="of the distance to the teacher")
     reduction: Literal["sum", "mean"] = Field("sum", description="squares are added over the width, or averaged")
-    cache_teacher: bool = Field(False, description="keep what the teacher says on disk; pays over several epochs")
 
 
 @maker(
@@ -98,7 +97,8 @@ def self_distil(work: Work[SelfDistilOptions]) -> Made:
         raise UserError("RG309", what, fix="take the model with the head that it was pre-trained with")
     target = _target(begun, o.target)
     collate = _with_whole_inputs(work, begun)
-    runs = _Runs(work, given := "teacher" in work.models)
+    given = "teacher" in work.models
+    runs = _Runs(work, o.rounds + (not given), begun.data)
     if given:
         teacher = load(work.models["teacher"]).float()
         _check_teacher(work, begun.model, teacher)
@@ -171,28 +171,18 @@ def _check_teacher(work: Work[SelfDistilOptions], model: Any, teacher: Any) -> N
 class _Runs:
     """Runs of the loop one after the other, told as one, and what is known of them at the end."""
 
-    def __init__(self, work: Work[SelfDistilOptions], given: bool) -> None:
-        self._work, self._count = work, work.options.rounds + (not given)
-        self._options = chosen(work.options, TrainOptions)
+    def __init__(self, work: Work[SelfDistilOptions], runs: int, data: Any) -> None:
+        self._work, self._options = work, chosen(work.options, TrainOptions)
+        self._progress = Progress(work.tell, runs * steps_of(self._options, data))
         self._results: list[TrainResult] = []
-        self._first: tuple[float, int] | None = None
         self._drift: dict[str, dict[str, float]] = {}
 
     def go(self, name: str, model: Any, objective: Objective, data: Any) -> None:
         """Train a model; a run that a former process has finished is not done again."""
-        work, begun = self._work, time.monotonic()
-        before = sum(result.steps for result in self._results)
-
-        def tell(step: int, steps: int, figures: Mapping[str, float]) -> None:
-            done = before + step
-            self._first = self._first or (begun, done - 1)
-            seconds, first = time.monotonic() - self._first[0], self._first[1]
-            left = seconds / (done - first) * (steps * self._count - done)
-            work.tell(done, steps * self._count, {**figures, "seconds_left": left})
-
+        work, before = self._work, sum(result.steps for result in self._results)
         result = train(
-            model, objective, data, self._options,
-            folder=work.folder / name, key=f"{work.key} {name}", device=work.device, tell=tell,
+            model, objective, data, self._options, folder=work.folder / name, key=f"{work.key} {name}",
+            device=work.device, tell=self._progress.behind(before),
         )  # fmt: skip
         self._results.append(result)
 
@@ -209,9 +199,4 @@ class _Runs:
         self._work.message(f"{name}: the encoder is {distance:.4g} from the model's, {distance / norm:.2%} of its norm")
 
     def facts(self) -> dict[str, Any]:
-        history, before = [], 0
-        for result in self._results:
-            history += [{**entry, "step": before + entry["step"]} for entry in result.history]
-            before += result.steps
-        seconds = sum(result.seconds for result in self._results)
-        return {"training": {"steps": before, "seconds": seconds, "history": history}, "drift": self._drift}
+        return {"training": joined(self._results).facts(), "drift": self._drift}

@@ -29,7 +29,6 @@ a larger image size is not part of this.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -38,9 +37,11 @@ from regraft.checkpoint import open_checkpoint
 from regraft.errors import UserError
 from regraft.inspect.loading import device_of
 from regraft.methods import Paper
-from regraft.objectives.logits import Logits, class_names
+from regraft.objectives.logits import Logits
 from regraft.resize.surgery import load
-from regraft.train.batches import Batches, DataOptions, batches_for
+from regraft.train import processes
+from regraft.train.batches import DataOptions
+from regraft.train.class_names import class_names, name_classes
 from regraft.train.data import Joined, Part, open_data
 from regraft.train.feature_cache import FeatureCache
 from regraft.train.loop import steps_of
@@ -50,14 +51,14 @@ from regraft.train.options import TrainOptions
 from regraft.train.selection import HeldOut, Pool, Selection, select
 from regraft.train.stages import DONE, Stages
 from regraft.train.start import FitOptions, HeadOptions, Start, keeps_tensors, start
-from regraft.train.teacher import BATCH_NORMS, Teacher
-from regraft.train.views import AugmentOptions, see_alike, seen_by_both
+from regraft.train.teacher import CacheOptions, Teacher, batch_norms
+from regraft.train.views import AugmentOptions, own_batches, seen_by_both
 
 _SHARE = 12  # the paper trains 360 epochs, then 30
 _SLOWER = 100
 
 
-class SsldOptions(FitOptions, HeadOptions, AugmentOptions):
+class SsldOptions(FitOptions, HeadOptions, AugmentOptions, CacheOptions):
     """Options of ssld; those of training are for the long one."""
 
     learning_rate: float = Field(1e-3, gt=0, le=10, description="the highest learning rate of AdamW")
@@ -85,9 +86,6 @@ class SsldOptions(FitOptions, HeadOptions, AugmentOptions):
     )
     teacher_batch_norm: Literal["running", "batch"] = Field(
         "running", description="which statistics the teacher's batch norms use"
-    )
-    cache_teacher: bool = Field(
-        False, description="keep what the teacher says on disk; for inputs that are not augmented"
     )
 
 
@@ -120,8 +118,8 @@ def ssld(work: Work[SsldOptions]) -> Made:
     folder = work.models["teacher"]
     original = load(folder).float()
     _need_classifier(original, "teacher")
-    if o.head != "own" and not o.labels:
-        work = dataclasses.replace(work, options=o.model_copy(update={"labels": _labels_of(original)}))
+    if o.head != "own":
+        work = _with_labels(work, original)
     begun = start(work, labels=False)
     _need_classifier(begun.model, "student")
     term = Logits(o.loss)
@@ -129,7 +127,7 @@ def ssld(work: Work[SsldOptions]) -> Made:
     _check_teacher(o, original)
     source = open_checkpoint(str(folder))
     work.message(f"the teacher is {folder.name}: {source.parameters:,} parameters, content {source.digest()[:12]}")
-    theirs = _their_batches(work, begun, original)
+    theirs = own_batches(original, folder, begun.batches, begun.data[0], chosen(o, DataOptions), work.data)
     cache = FeatureCache(work.folder / "features", work.key) if o.cache_teacher else None
     teacher = Teacher(original, cache=cache, batch_statistics=o.teacher_batch_norm == "batch")
     collate = seen_by_both(begun.batches.collate, theirs.collate if theirs else None, chosen(o, AugmentOptions))
@@ -147,8 +145,8 @@ def ssld(work: Work[SsldOptions]) -> Made:
         warnings += _remarks(selection)
     else:
         warnings.append("without unlabelled data the student learned from the inputs of data alone")
-    long, short = _schedules(o, len(data), len(begun.data), bool(selection))
-    stages = Stages(work, steps_of(long, len(data)) + (steps_of(short, len(begun.data)) if short else 0))
+    long, short = _schedules(o, selected=selection is not None)
+    stages = Stages(work, steps_of(long, data) + (steps_of(short, begun.data) if short else 0))
     stages.fit("long", begun.model, objective, data, long)
     if short is not None:
         stages.fit("short", begun.model, objective, begun.data, short)
@@ -175,10 +173,8 @@ def _check(work: Work[SsldOptions]) -> None:
 
 
 def _check_teacher(o: SsldOptions, teacher: Any) -> None:
-    normed = any(isinstance(module, BATCH_NORMS) for module in teacher.modules())
-    if o.teacher_batch_norm == "batch" and not normed:
-        what = "the teacher has no batch norms"
-        raise UserError("RG303", what, fix="leave teacher_batch_norm out")
+    if o.teacher_batch_norm == "batch" and not batch_norms(teacher):
+        raise UserError("RG303", "the teacher has no batch norms", fix="leave teacher_batch_norm out")
 
 
 def _need_classifier(model: Any, role: str) -> None:
@@ -188,22 +184,17 @@ def _need_classifier(model: Any, role: str) -> None:
         raise UserError("RG309", f"the {role} is a {name}, not a classifier of images or texts", fix=fix)
 
 
-def _labels_of(teacher: Any) -> tuple[str, ...]:
-    names = class_names(teacher.config)
+def _with_labels(work: Work[SsldOptions], teacher: Any) -> Work[SsldOptions]:
+    """The work with the teacher's labels for a new head, or those that were given; they name a nameless teacher's."""
+    o, names = work.options, class_names(teacher.config)
+    if o.labels:
+        if names is None and len(o.labels) == teacher.config.num_labels:
+            name_classes(teacher, o.labels)
+        return work
     if names is None:
         fix = "give labels: [..., ...] in the order of the teacher's outputs"
         raise UserError("RG303", "the teacher's classes have no names that a new head could take", fix=fix)
-    return tuple(names)
-
-
-def _their_batches(work: Work[SsldOptions], begun: Start, teacher: Any) -> Batches | None:
-    """How the teacher is fed, if not with the student's own batches."""
-    first = begun.data[0]
-    ready = first.get(work.options.pixel_values) is not None
-    if ready or see_alike(work.models["model"], work.models["teacher"]):
-        return None
-    columns = chosen(work.options, DataOptions)
-    return batches_for(teacher, work.models["teacher"], first, columns, data=work.data, labels=False)
+    return dataclasses.replace(work, options=o.model_copy(update={"labels": tuple(names)}))
 
 
 def _pool(work: Work[SsldOptions], name: str) -> Pool:
@@ -212,22 +203,28 @@ def _pool(work: Work[SsldOptions], name: str) -> Pool:
 
 
 def _chosen(work: Work[SsldOptions], begun: Start, original: Any, collate: Collate, pool: Pool) -> Selection:
-    """The selection, from a former run if that had come so far."""
-    o = work.options
+    """The selection, from a former run if that had come so far; of several processes the first one selects."""
     kept = work.folder / f"{DONE}selection.json"
-    if (found := Selection.kept(kept, work.key)) is not None:
-        return found
+    everyone = processes.team(work.device)
+    if everyone.first and Selection.kept(kept, work.key) is None:
+        work.folder.mkdir(parents=True, exist_ok=True)
+        _select(work, begun, original, collate, pool).save(kept, work.key)
+    everyone.meet()
+    found = Selection.kept(kept, work.key)
+    assert found is not None
+    return found
+
+
+def _select(work: Work[SsldOptions], begun: Start, original: Any, collate: Collate, pool: Pool) -> Selection:
+    o = work.options
     held_out = None
     if "held_out" in work.sources:
-        apart = _pool(work, "held_out")
-        held_out = HeldOut([apart.content(i) for i in range(len(apart.data))], o.duplicate_similarity)
+        held_out = HeldOut(_pool(work, "held_out").contents(), o.duplicate_similarity)
     assert work.data is not None
     seen = Pool(begun.data, work.data, chosen(o, DataOptions))
     teacher = Teacher(original.to(device_of(work.device)))
     work.message(f"choosing among {len(pool.data):,} rows of {pool.path.name}")
     found = select(teacher, collate, pool, o.per_class, seen=seen, held_out=held_out)
-    Path(work.folder).mkdir(parents=True, exist_ok=True)
-    found.save(kept, work.key)
     work.message(
         f"{len(found.rows):,} rows chosen, {found.copies:,} copies and {found.held_out:,} held-out rows left out"
     )
@@ -241,10 +238,10 @@ def _remarks(selection: Selection) -> list[str]:
     return [f"the teacher found no unlabelled row for {len(selection.empty)} of its classes: {shown}"]
 
 
-def _schedules(o: SsldOptions, rows: int, own: int, mined: bool) -> tuple[TrainOptions, TrainOptions | None]:
-    """Options of the long training over `rows`, and of the short one over `own`, if there is one."""
+def _schedules(o: SsldOptions, *, selected: bool) -> tuple[TrainOptions, TrainOptions | None]:
+    """Options of the long training and of the short one, if there is one."""
     long = chosen(o, TrainOptions)
-    if not mined or o.finish_num_train_epochs == 0:
+    if not selected or o.finish_num_train_epochs == 0:
         return long, None
     rate = o.finish_learning_rate or o.learning_rate / _SLOWER
     changes: dict[str, Any] = {"learning_rate": rate, "max_steps": None}

@@ -41,7 +41,6 @@ flips are left out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,23 +49,25 @@ import torch
 from pydantic import Field, model_validator
 
 from regraft.errors import UserError
-from regraft.inspect.flips import flips, transferred
+from regraft.inspect.classification import names_by_number
+from regraft.inspect.loading import device_of
 from regraft.methods import Paper
-from regraft.objectives.transfer import Partition, Transfer, batch_norms
+from regraft.objectives.transfer import Partition, Transfer
 from regraft.resize import surgery
 from regraft.train.batches import Batches, DataOptions, batches_for
-from regraft.train.classes import Answers, Source, answers_of, open_source, try_out
-from regraft.train.data import open_data
+from regraft.train.classes import Source, open_source, try_out
+from regraft.train.data import Part, opened
 from regraft.train.feature_cache import FeatureCache
-from regraft.train.loop import train
+from regraft.train.gains import Measured, evenly_spaced, held_out, measure
+from regraft.train.loop import TrainResult, steps_of, train
 from regraft.train.making import Made, Work, chosen, maker
 from regraft.train.options import TrainOptions
-from regraft.train.order import example_seed, generator
-from regraft.train.teacher import Teacher
+from regraft.train.stages import Progress, joined
+from regraft.train.teacher import CacheOptions, Teacher, batch_norms
 from regraft.train.vocabulary import same_tokens
 
 
-class TransferOptions(DataOptions, TrainOptions):
+class TransferOptions(DataOptions, TrainOptions, CacheOptions):
     """Options of transfer."""
 
     partition: Partition = Field(
@@ -92,9 +93,6 @@ class TransferOptions(DataOptions, TrainOptions):
         0.0, ge=0, le=0.9, description="share of the data that is not trained on, but measured before and after"
     )
     freeze_batch_norm: bool = Field(False, description="batch norms keep the statistics that they have")
-    cache_teacher: bool = Field(
-        False, description="keep what frozen models say on disk; pays for fixed inputs over several epochs"
-    )
     optimizer: Literal["adamw", "sgd"] = Field("sgd", description="AdamW, or gradient descent with momentum")
     learning_rate: float = Field(1e-4, gt=0, le=10, description="the highest learning rate; scale it with the batch")
     weight_decay: float = Field(1e-4, ge=0, description="decay of matrices; biases and norms do not decay")
@@ -134,7 +132,7 @@ class _Pair:
     batches: Batches
     teachers: dict[str, Source]
     rows: Any  # that are trained on
-    measured: Sequence[Mapping[str, Any]]  # empty where nothing can be measured
+    measured: Part | None  # None where nothing can or need be measured
     dtype: torch.dtype
 
 
@@ -160,8 +158,16 @@ def transfer(work: Work[TransferOptions]) -> Made:
     teach, RG309 for labels that are not there, RG601 for data that one of the models cannot read."""
     o = work.options
     pair = _open(work)
-    before = _answers(pair, work, [Source(Teacher(pair.former), pair.batches.collate), *pair.teachers.values()])
-    facts, warnings = _known(o, pair, before)
+    facts: dict[str, Any] = {"teachers": [{"role": role} for role in pair.teachers]}
+    warnings: list[str] = []
+    measured: Measured | None = None
+    if pair.measured is not None:
+        former = Source(Teacher(pair.former), pair.batches.collate)
+        size = o.per_device_train_batch_size
+        measured = measure(pair.measured, former, pair.teachers, size=size, device=device_of(work.device))
+        found, warnings = measured.facts(o.partition, names_by_number(pair.student.config))
+        where = "held-out rows" if o.held_out else "rows of the data"
+        facts = {"rows": len(pair.measured), "measured_on": where, "teachers": found}
     if o.several == "sequential" and len(pair.teachers) > 1 and o.order != "given":
         accuracy = {fact["role"]: fact["flips"]["teacher"] for fact in facts["teachers"] if "flips" in fact}
         if len(accuracy) < len(pair.teachers):
@@ -170,8 +176,8 @@ def transfer(work: Work[TransferOptions]) -> Made:
         falling = -1 if o.order == "descending" else 1
         ordered = sorted(pair.teachers, key=lambda role: falling * accuracy[role])
         pair.teachers = {role: pair.teachers[role] for role in ordered}
-    history, seconds, steps = _learn(work, pair)
-    shares = [entry["taught"] for entry in history if "taught" in entry]
+    result = _learn(work, pair)
+    shares = [entry["taught"] for entry in result.history if "taught" in entry]
     if shares and o.partition in ("supervised", "confidence"):
         mean = sum(shares) / len(shares)
         facts["taught"] = mean
@@ -179,9 +185,9 @@ def transfer(work: Work[TransferOptions]) -> Made:
             warnings.append(f"the teacher taught {mean:.1%} of the examples: too sure of itself, or of no use here")
     facts["order"] = list(pair.teachers)
     student = pair.student
-    if o.held_out:
-        student = _judged(work, pair, before, facts, warnings)
-    diagnostics = {"training": {"steps": steps, "seconds": seconds, "history": history}, "transfer": facts}
+    if o.held_out and measured is not None:
+        student = _judged(pair, measured, facts, warnings)
+    diagnostics = {"training": result.facts(), "transfer": facts}
     return Made(student.cpu().to(pair.dtype).eval(), diagnostics, warnings)
 
 
@@ -194,7 +200,7 @@ def _open(work: Work[TransferOptions]) -> _Pair:
     student = surgery.load(folder)
     dtype = student.dtype
     student.float()
-    data = open_data(work.data, split=o.split, stream=o.stream, limit=None if o.stream else o.limit)
+    data = opened(work.data, o)
     example, columns = next(iter(data)), chosen(o, DataOptions)
     batches = batches_for(student, folder, example, columns, data=work.data)
     if batches.kind == "pairs":
@@ -218,14 +224,16 @@ def _open(work: Work[TransferOptions]) -> _Pair:
         if tokens:
             teachers[role] = _of_tokens(work.models[role], folder, student, batches, cache)
         else:
-            teachers[role] = open_source(work.models[role], student, example, columns, work.data, cache)
+            teachers[role] = open_source(work.models[role], student, batches, example, columns, work.data, cache)
     former = copy.deepcopy(student)
     try_out(Source(Teacher(former), batches.collate), example, "student")
     _check_batch_norm(student, o, None if o.stream else len(data))
     rows: Any = data
-    measured: Sequence[Mapping[str, Any]] = []
-    if not o.stream and not tokens:
-        rows, measured = _divided(data, o)
+    measured: Part | None = None
+    if o.held_out:
+        rows, measured = held_out(data, o.held_out, o.seed)
+    elif o.measured_rows and not o.stream and not tokens:
+        measured = evenly_spaced(data, o.measured_rows)
     return _Pair(student, former, batches, teachers, rows, measured, dtype)
 
 
@@ -253,78 +261,17 @@ def _check_batch_norm(student: Any, o: TransferOptions, examples: int | None) ->
         raise UserError("RG303", what, fix="change per_device_train_batch_size, or set drop_last or freeze_batch_norm")
 
 
-class _Rows(Sequence[Mapping[str, Any]]):
-    """Some rows of data, by their numbers."""
-
-    def __init__(self, data: Any, numbers: Sequence[int]) -> None:
-        self._data, self._numbers = data, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, number: Any) -> Any:
-        return self._data[self._numbers[number]]
-
-
-def _divided(data: Any, o: TransferOptions) -> tuple[Any, Sequence[Mapping[str, Any]]]:
-    """Rows to train on, and rows to measure on: those that are held out, or some of the former, evenly spaced."""
-    n = len(data)
-    if o.held_out:
-        order = torch.randperm(n, generator=generator(example_seed(o.seed, -3, 0))).tolist()
-        out = n - int(n * (1 - o.held_out))
-        if out == n:
-            what = f"{n} rows of which {o.held_out:.0%} are held out leave none to train on"
-            raise UserError("RG601", what, fix="give more data, or set held_out lower")
-        return _Rows(data, sorted(order[out:])), _Rows(data, sorted(order[:out]))
-    count = min(n, o.measured_rows)
-    return data, _Rows(data, [i * n // count for i in range(count)])
-
-
-def _answers(pair: _Pair, work: Work[TransferOptions], sources: Sequence[Source]) -> tuple[Any, list[Answers]]:
-    """Labels and answers on the measured rows."""
-    if not len(pair.measured):
-        return None, []
-    device = "cuda" if work.device != "cpu" and torch.cuda.is_available() else "cpu"
-    rows = (pair.measured[i] for i in range(len(pair.measured)))
-    return answers_of(sources, rows, work.options.per_device_train_batch_size, device)
-
-
-def _known(o: TransferOptions, pair: _Pair, before: tuple[Any, list[Answers]]) -> tuple[dict[str, Any], list[str]]:
-    """What the teachers know more, and remarks on it; RG213 if that is nothing."""
-    labels, answers = before
-    if not answers:
-        return {"teachers": [{"role": role} for role in pair.teachers]}, []
-    own, warnings, facts = answers[0], [], []
-    names = {int(number): str(name) for number, name in pair.student.config.id2label.items()}
-    for role, one in zip(pair.teachers, answers[1:], strict=True):
-        found = flips(own.predicted, one.predicted, labels, names) if labels is not None else None
-        by_label = one.of_label > own.of_label if one.of_label is not None and own.of_label is not None else None
-        surer = one.confidence > own.confidence
-        taught = by_label if o.partition == "supervised" else surer
-        fact: dict[str, Any] = {"role": role, "surer": float(surer.mean())}
-        if found is not None and by_label is not None:
-            fact |= {"flips": found.to_dict(), "surer_of_label": float(by_label.mean())}
-            if not found.positive and o.partition in ("supervised", "confidence"):
-                warnings.append(f"{role} is right nowhere where the student is wrong, on the {found.n} rows measured")
-        if o.partition in ("supervised", "confidence") and taught is not None and not taught.any():
-            what = f"{role} would teach none of the {len(taught)} rows measured"
-            fix = "take another teacher; regraft flips tells beforehand; measured_rows: 0 does not look"
-            raise UserError("RG213", what, fix=fix)
-        facts.append(fact)
-    where = "held-out rows" if o.held_out else "rows of the data"
-    return {"rows": len(own.predicted), "measured_on": where, "teachers": facts}, warnings
-
-
 # -- the transfer ----------------------------------------------------------------------------------------------------
 
 
-def _learn(work: Work[TransferOptions], pair: _Pair) -> tuple[list[dict[str, float]], float, int]:
-    """Train the student, by one stage per teacher or in one for all; the log, the seconds and the steps."""
-    o = work.options
+def _learn(work: Work[TransferOptions], pair: _Pair) -> TrainResult:
+    """Train the student, by one stage per teacher or in one for all; told as one training."""
+    o, options = work.options, chosen(work.options, TrainOptions)
     sources = list(pair.teachers.values())
     stages = [[one] for one in sources] if o.several == "sequential" else [sources]
-    history: list[dict[str, float]] = []
-    seconds, steps = 0.0, 0
+    steps = steps_of(options, pair.rows)
+    progress = Progress(work.tell, len(stages) * steps)
+    results = []
     for number, teachers in enumerate(stages):
         folder = work.folder / f"teacher-{number + 1}" if len(stages) > 1 else work.folder
         former = None
@@ -338,39 +285,25 @@ def _learn(work: Work[TransferOptions], pair: _Pair) -> tuple[list[dict[str, flo
             top_k=o.top_k, skip_negative_flips=o.negative_flips == "skip", double_softmax=o.double_softmax,
             freeze_batch_norm=o.freeze_batch_norm,
         )  # fmt: skip
-
-        def tell(step: int, of: int, figures: Mapping[str, float], done: int = number) -> None:
-            work.tell(done * of + step, len(stages) * of, figures)
-
-        result = train(
-            pair.student, objective, pair.rows, chosen(o, TrainOptions), folder=folder,
-            key=f"{work.key} {number}", device=work.device, tell=tell,
-        )  # fmt: skip
-        history += [{**entry, "step": entry["step"] + steps} for entry in result.history]
-        seconds, steps = seconds + result.seconds, steps + result.steps
-    return history, seconds, steps
+        results.append(train(
+            pair.student, objective, pair.rows, options, folder=folder,
+            key=f"{work.key} {number}", device=work.device, tell=progress.behind(number * steps),
+        ))  # fmt: skip
+    return joined(results)
 
 
 # -- after -----------------------------------------------------------------------------------------------------------
 
 
-def _judged(
-    work: Work[TransferOptions],
-    pair: _Pair,
-    before: tuple[Any, list[Answers]],
-    facts: dict[str, Any],
-    warnings: list[str],
-) -> Any:
+def _judged(pair: _Pair, measured: Measured, facts: dict[str, Any], warnings: list[str]) -> Any:
     """The student that is kept: the one that learnt, unless it got worse on the rows that were held out."""
-    labels, (own, *others) = before
-    _, (now,) = _answers(pair, work, [Source(Teacher(copy.deepcopy(pair.student)), pair.batches.collate)])
-    told = [transferred(own.predicted, now.predicted, other.predicted, labels) for other in others]
-    for fact, found in zip(facts["teachers"], told, strict=True):
-        fact["transferred"] = found.to_dict()
-    before_it, after_it, n = told[0].before, told[0].after, told[0].n
-    facts["kept"] = after_it >= before_it
+    gains = measured.gains(Source(Teacher(copy.deepcopy(pair.student)), pair.batches.collate))
+    for fact in facts["teachers"]:
+        fact["transferred"] = gains[fact["role"]].to_dict()
+    one = next(iter(gains.values()))
+    facts["kept"] = one.after >= one.before
     if facts["kept"]:
         return pair.student
-    fell = f"the student fell from {before_it:.2%} to {after_it:.2%} on the {n} rows held out"
+    fell = f"the student fell from {one.before:.2%} to {one.after:.2%} on the {one.n} rows held out"
     warnings.append(f"{fell}, and is left as it was")
     return pair.former
