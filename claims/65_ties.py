@@ -8,9 +8,11 @@ task arithmetic. The experts are therefore fine-tuned by gradient descent with m
 less than a point on the skill that was tried). Mechanism: with random instead of elected signs, and everything else as
 chosen for TIES, merges must be worse.
 
-Why it does not hold: merges of two keep 70 to 76 % of what the experts gained over the base, merges of eight 5 to 13 %
-(mean of seeds 0 to 4). Eight distortions of the same pixels under one head compete for the same weights, which no
-selection of entries mends; in the paper merges keep most of what the experts have, and rules differ in the rest.
+Why it does not hold: merges of eight keep a seventh of what the experts gained (53 to 54 % right, where the base has 47
+and each expert 94 on its own distortion; mean of seeds 0 to 4). Eight distortions of the same pixels under one head
+compete for the same weights, which no selection of entries mends; in the paper merges keep most of what the experts
+have, and rules differ in the rest. Signs matter all the same, and TIES loses less than averaging does as experts are
+added.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Models that answer the tasks of text: the published encoder, and the zoo's own encoder and decoder, fine-tuned.
 
 Where examples are few, what a model knows beforehand decides, and n-grams know nothing beforehand; so the published
-MiniLM answers those that ask what words mean. Only its last layers are trained: what the others make of each text is
-computed once. It was made from public code and questions, and may have seen texts of the standard library, but not with
-these labels. The zoo's own models have seen no file that is tested on.
+MiniLM answers those that ask what words mean, and the zoo's own encoder and decoder those about code. Of MiniLM
+only the last layers are trained: what the others make of each text is computed once. It was made from public code and
+questions, and may have seen texts of the standard library, but not with these labels. The zoo's own models have seen no
+file that is tested on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import transformers
@@ -24,7 +26,7 @@ from claims.tasks import Matching, Passage, Task
 from regraft.claims.zoo import Quality, entry
 
 LAST_LAYERS = 2
-CONTEXT = 48  # tokens before a call
+CONTEXT = 48  # tokens before what is asked for, and behind it
 
 
 class _Given(nn.Module):
@@ -111,14 +113,9 @@ def _classifier(folder: Path, task: Task, seed: int, scale: str, length: int) ->
     return Quality(f"accuracy: {task.question}", found, plain, "n-grams", 0.05, chance=task.chance)
 
 
-@entry(data="paragraphs of docstrings and comments from eight packages of the standard library, at most 40 of each")
+@entry(data="paragraphs of docstrings and comments from eight packages of the standard library, eight of each")
 def task_module(folder: Path, *, seed: int, scale: str) -> Quality:
     return _classifier(folder, tasks.module(seed, scale), seed, scale, 64)
-
-
-@entry(data="twelve times five words in a row, from code or from docstrings of the standard library")
-def task_prose(folder: Path, *, seed: int, scale: str) -> Quality:
-    return _classifier(folder, tasks.prose(seed, scale), seed, scale, 16)
 
 
 def _matcher(folder: Path, task: Matching, seed: int, scale: str, length: int) -> Quality:
@@ -163,88 +160,103 @@ def task_doctest(folder: Path, *, seed: int, scale: str) -> Quality:
     return _matcher(folder, tasks.doctest(seed, scale), seed, scale, 40)
 
 
-def _row(tokenizer: transformers.PreTrainedTokenizerFast, before: str, name: str) -> tuple[list[int], int]:
-    """The end of the text before a call, and the method's name: ids, and where the name begins."""
+Row: TypeAlias = "tuple[list[int], int]"  # tokens, and where those begin whose likelihood counts
+
+
+def _called(tokenizer: transformers.PreTrainedTokenizerFast, before: str, name: str) -> Row:
+    """The end of the text before a call, and the method's name, which counts."""
     head = tokenizer(before, add_special_tokens=False)["input_ids"][-CONTEXT:]
     return head + tokenizer(name, add_special_tokens=False)["input_ids"], len(head)
 
 
-@entry(data="100 calls of twenty methods in the source of the standard library, and the text before them")
-def task_call(folder: Path, *, seed: int, scale: str) -> Quality:
-    """The decoder goes on as it was trained, with the name of the method after the dot, and of all names that it could
-    write the likeliest counts."""
-    task = tasks.call(seed, scale)
+def _filled(tokenizer: transformers.PreTrainedTokenizerFast, statement: str, sign: str) -> Row:
+    """A statement with a sign in the place of what is hidden; all but its first token counts."""
+    return tokenizer(statement.replace(tasks.HIDDEN, sign) + "\n", add_special_tokens=False)["input_ids"], 1
+
+
+def _reader(
+    folder: Path, task: Task, row: Callable[..., Row], *, seed: int, scale: str, end: int | None = None
+) -> Quality:
+    """The decoder goes on as it was trained, on the examples with their answers; of all answers that a passage could
+    have, the likeliest counts."""
     base = text.decoder(seed=seed, scale=scale)
     model, tokenizer = text.read(base), text.tokenizer_of(base)
-    pad = tokenizer.pad_token_id
-    rows = [_row(tokenizer, p.text, task.classes[p.label]) for p in task.parts["train"]]
+    rows = [row(tokenizer, p.text, task.classes[p.label]) for p in task.parts["train"]]
     draws = random.Random(seed)
-    steps = 20 if scale == "laptop" else 1
-    lm.fit(model, lambda _: lm.padded(draws.sample(rows, min(32, len(rows))), pad), steps, 7e-4)
+    count, steps = min(32, len(rows)), 20 if scale == "laptop" else 1
+    lm.fit(model, lambda _: lm.padded(draws.sample(rows, count), tokenizer.pad_token_id), steps, 3e-4)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    found, plain = named(model, tokenizer, task), linear.classified(task, end=24)
+    found, plain = likeliest(model, tokenizer, task, row), linear.classified(task, end=end)
     return Quality(f"accuracy: {task.question}", found, plain, "n-grams", 0.05, chance=task.chance)
 
 
-def named(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, task: Task, part: str = "test") -> float:
-    """How often the right name is the likeliest of all classes after the text."""
-    passages = task.parts[part]
-    rows = [_row(tokenizer, passage.text, name) for passage in passages for name in task.classes]
+def likeliest(
+    model: nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, task: Task, row: Callable[..., Row]
+) -> float:
+    """How often the right answer to a test passage is the likeliest of all classes."""
+    test = task.parts["test"]
+    rows = [row(tokenizer, passage.text, name) for passage in test for name in task.classes]
     lengths = torch.tensor([len(ids) - begin for ids, begin in rows])
-    losses = (lm.answer_losses(model, rows, tokenizer.pad_token_id) * lengths).view(len(passages), -1)
-    return float((losses.argmin(1) == torch.tensor([p.label for p in passages])).float().mean())
+    losses = (lm.answer_losses(model, rows, tokenizer.pad_token_id) * lengths).view(len(test), -1)
+    return float((losses.argmin(1) == torch.tensor([p.label for p in test])).float().mean())
 
 
-@entry(data="6000 statements of the standard library with four brackets and quotes or more, half of them broken")
+@entry(data="36 calls of twelve methods in the source of the standard library, and the text before them")
+def task_call(folder: Path, *, seed: int, scale: str) -> Quality:
+    return _reader(folder, tasks.call(seed, scale), _called, seed=seed, scale=scale, end=24)
+
+
+@entry(data="60 statements of the standard library, of which one bracket or quote is hidden")
 def task_balance(folder: Path, *, seed: int, scale: str) -> Quality:
-    """Statements are broken anew whenever they are drawn."""
-    task = tasks.balance(seed, scale)
-    base = zoo.encoder(seed=seed, scale=scale)
-    tokenizer = text.tokenizer_of(base)
-    names = dict(enumerate(task.classes))
+    return _reader(folder, tasks.balance(seed, scale), _filled, seed=seed, scale=scale)
+
+
+def around_hidden(tokenizer: transformers.PreTrainedTokenizerFast, passages: Sequence[Passage]) -> lm.Batch:
+    """Passages with the mask in the place of what is hidden, where the label is."""
+    halves = [tokenizer(p.text.split(tasks.HIDDEN), add_special_tokens=False)["input_ids"] for p in passages]
+    rows = [[*before[-CONTEXT:], tokenizer.mask_token_id, *after[:CONTEXT]] for before, after in halves]
+    batch = dict(tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
+    hidden = batch["input_ids"] == tokenizer.mask_token_id
+    labels = torch.full_like(batch["input_ids"], lm.IGNORED)
+    labels[hidden] = torch.tensor([passage.label for passage in passages])
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+
+@entry(data="24 words of the standard library's source, hidden, from code or from comments and docstrings")
+def task_prose(folder: Path, *, seed: int, scale: str) -> Quality:
+    """The encoder says at the mask what is hidden."""
+    task, base = tasks.prose(seed, scale), zoo.encoder(seed=seed, scale=scale)
+    tokenizer, names = text.tokenizer_of(base), dict(enumerate(task.classes))
     torch.manual_seed(seed)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=2, id2label=names, label2id={name: i for i, name in names.items()}
+    model = transformers.ModernBertForTokenClassification.from_pretrained(
+        base, id2label=names, label2id={name: i for i, name in names.items()}
     )
-    whole = tasks.statements(seed, scale)["train"]
-    draws = random.Random(seed)
-    rows = min(64, len(whole))
-
-    def batch(_: int) -> lm.Batch:
-        return encoded(tokenizer, tasks.damaged(draws.sample(whole, rows), draws))
-
-    lm.fit(model, batch, 300 if scale == "laptop" else 1, 1e-3)
+    examples = around_hidden(tokenizer, task.parts["train"])
+    lm.fit(model, lambda _: examples, 30 if scale == "laptop" else 1, 1e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with torch.inference_mode():
-        test = task.parts["test"]
-        right = sum(
-            int((model(**{**inputs, "labels": None}).logits.argmax(-1) == inputs["labels"]).sum())
-            for start in range(0, len(test), 64)
-            for inputs in [encoded(tokenizer, test[start : start + 64])]
-        )
-    return Quality(
-        f"accuracy: {task.question}", right / len(test), linear.classified(task), "n-grams", 0.1, chance=task.chance
-    )
+    found, plain = right_at_mask(model, tokenizer, task), linear.classified(task)
+    return Quality(f"accuracy: {task.question}", found, plain, "n-grams", 0.05, chance=task.chance)
 
 
-def encoded(tokenizer: transformers.PreTrainedTokenizerFast, passages: Sequence[Passage]) -> lm.Batch:
-    """The first token stands for the whole, as in BERT."""
-    first = tokenizer.cls_token
-    inputs = tokenizer(
-        [first + p.text for p in passages], padding=True, add_special_tokens=False, return_tensors="pt", max_length=96,
-        truncation=True,
-    )  # fmt: skip
-    labels = torch.tensor([passage.label for passage in passages])
-    return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+@torch.inference_mode()
+def right_at_mask(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerFast, task: Task) -> float:
+    """How often the right class is the likeliest at the mask of test passages."""
+    right, test = 0, task.parts["test"]
+    for start in range(0, len(test), 64):
+        batch = around_hidden(tokenizer, test[start : start + 64])
+        labels = batch.pop("labels")
+        asked = labels != lm.IGNORED
+        right += int((model(**batch).logits[asked].argmax(-1) == labels[asked]).sum())
+    return right / len(test)
 
 
 ENTRIES = {
     "task_module": (task_module, "BertModel", {}),
-    "task_prose": (task_prose, "BertModel", {}),
+    "task_prose": (task_prose, "ModernBertForTokenClassification", {}),
     "task_retrieval": (task_retrieval, "BertModel", {}),
     "task_call": (task_call, "LlamaForCausalLM", {}),
-    "task_balance": (task_balance, "ModernBertForSequenceClassification", {}),
+    "task_balance": (task_balance, "LlamaForCausalLM", {}),
     "task_doctest": (task_doctest, "BertModel", {}),
 }

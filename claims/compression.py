@@ -1,8 +1,8 @@
 """What experiments on smaller models share: four pre-trained models, each with its pre-training and a task behind it.
 
-    vision    the zoo's vision transformer;  classes of jittered digits    -> is a jittered digit even? 200 labels
-    text      the zoo's decoder;             next tokens of source code    -> which package is this from? 300 windows
-    pairs     the zoo's CLIP;                images and their captions     -> which of ten captions? 200 images
+    vision    the zoo's vision transformer;  classes of jittered digits    -> is a jittered digit even? 40 labels
+    text      the zoo's decoder;             next tokens of source code    -> which package is this from? 120 windows
+    pairs     the zoo's CLIP;                jittered images, captions     -> which of ten captions? 50 images
     minilm    the published MiniLM encoder;  summaries and their texts     -> which text is a summary's? 64 pairs
 
 A batch of pre-training is drawn from a seed alone, so that all arms see the same batches. Tasks are scored on images,
@@ -125,7 +125,7 @@ def accuracy(task: nn.Module, batches: Sequence[Batch]) -> float:
 class _Digits(Setting):
     """What both settings with images have in common: some labelled images, and tests under several jitters."""
 
-    labelled, batch = 200, 50
+    labelled, batch = 40, 50
 
     def __init__(self, base: Path, seed: int, scale: str, size: Size) -> None:
         super().__init__(base, seed, size)
@@ -158,7 +158,7 @@ class _Digits(Setting):
 
 class Vision(_Digits):
     def __init__(self, seed: int, scale: str) -> None:
-        size = Size(40, 80, 4) if scale == "laptop" else Size(2, 1, 1)
+        size = Size(160, 160, 4) if scale == "laptop" else Size(2, 1, 1)
         super().__init__(vision.digits_vit(seed=seed, scale=scale), seed, scale, size)
 
     def pretraining_batch(self, draw: int) -> Batch:
@@ -178,8 +178,10 @@ class Vision(_Digits):
 
 
 class Pairs(_Digits):
+    labelled = 50
+
     def __init__(self, seed: int, scale: str) -> None:
-        size = Size(40, 80, 4) if scale == "laptop" else Size(2, 1, 1)
+        size = Size(160, 160, 4) if scale == "laptop" else Size(2, 1, 1)
         super().__init__(zoo.digits_clip(seed=seed, scale=scale), seed, scale, size)
         tokenizer = text.tokenizer_of(self.base)
         skills = zoo.PAIR_SKILLS
@@ -190,13 +192,13 @@ class Pairs(_Digits):
         self.of_digit = [(train.labels == d).nonzero().flatten() for d in range(10)]
 
     def pretraining_batch(self, draw: int) -> Batch:
-        """As the zoo's: each caption once, with an image that it fits."""
+        """As the zoo's, but jittered as the task's: each caption once, with an image that it fits."""
         source = generator(draw)
         picks = [
             of[int(torch.randint(len(of), (1,), generator=source))] for _ in zoo.PAIR_SKILLS for of in self.of_digit
         ]
         images = torch.stack([self.images[i // 10, pick] for i, pick in enumerate(picks)])
-        return {"input_ids": self.captions, "pixel_values": images, "return_loss": True}
+        return {"input_ids": self.captions, "pixel_values": jittered(images, draw), "return_loss": True}
 
     def more(self) -> Batch:
         return {"input_ids": self.questions}
@@ -210,10 +212,10 @@ class Pairs(_Digits):
 
 
 class Text(Setting):
-    length, labelled, batch = 32, 300, 16
+    length, labelled, batch = 32, 120, 16
 
     def __init__(self, seed: int, scale: str) -> None:
-        size = Size(40, 80, 1200) if scale == "laptop" else Size(2, 1, 12)
+        size = Size(160, 160, 1200) if scale == "laptop" else Size(2, 1, 12)
         super().__init__(text.decoder(seed=seed, scale=scale), seed, size)
         self.tokenizer = text.tokenizer_of(self.base)
         self.seen = text.ids(self.base, False, seed, scale)[0]
@@ -289,7 +291,7 @@ class MiniLM(Setting):
     length, batch, labelled = 16, 8, 64
 
     def __init__(self, seed: int, scale: str) -> None:
-        size = Size(40, 6, 120) if scale == "laptop" else Size(1, 1, SMOKE)
+        size = Size(120, 12, 120) if scale == "laptop" else Size(1, 1, SMOKE)
         super().__init__(zoo.minilm(seed=seed, scale=scale), seed, size)
         self.tokenizer = text.tokenizer_of(self.base)
         pairs = zoo.docstrings.read_pairs(5000, seed)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ast
 import doctest
+import io
+import itertools
 import re
 import textwrap
+import tokenize
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +23,8 @@ Documented: TypeAlias = "ast.Module | ast.ClassDef | ast.FunctionDef | ast.Async
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.Return, ast.Raise, ast.Expr, ast.Assert, ast.Delete)
-_STRING = re.compile(r"""[a-zA-Z]{0,2}("[^"\n]*"|'[^'\n]*')""")
 OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
+ALL_SIGNS = OPENING + CLOSING + QUOTES
 
 
 def paragraphs(source: Source) -> Iterator[str]:
@@ -53,10 +56,23 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def words(text: str) -> list[str]:
-    """Its words in lower case, compound names taken apart; strings, comments, numbers and signs left out."""
-    bare = re.sub(r"#.*", "", _STRING.sub("", text))
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", bare)]
+def words_in_place(source: Source) -> Iterator[tuple[int, int, bool]]:
+    """Where words of two letters and more begin and end, and whether they are prose: in a comment or docstring.
+
+    Other words are names and keywords of the code; strings that are no docstring are left out.
+    """
+    starts = [0, *itertools.accumulate(len(line) + 1 for line in source.text.split("\n"))]
+    documented = {
+        node.body[0].lineno
+        for node in ast.walk(ast.parse(source.text))
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None
+    }
+    for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
+        is_prose = token.type == tokenize.COMMENT or (token.type == tokenize.STRING and token.start[0] in documented)
+        if is_prose or token.type == tokenize.NAME:
+            begin = starts[token.start[0] - 1] + token.start[1]
+            for word in re.finditer(r"[^\W\d_]\w+", token.string):
+                yield begin + word.start(), begin + word.end(), is_prose
 
 
 def documented_functions(source: Source) -> Iterator[tuple[str, str]]:

@@ -3,10 +3,10 @@
 | Task | Question | What is split |
 |---|---|---|
 | `module` | which package a paragraph of a docstring or comment comes from | files of each package |
-| `prose` | whether five words without any punctuation are code or prose | files |
+| `prose` | whether a hidden word is part of code, or of a comment or docstring | files that are not pre-trained on |
 | `retrieval` | which function, its name hidden, a sentence is the docstring of | files |
-| `call` | which method is called next | files; tests only on files that no model was pre-trained on |
-| `balance` | whether brackets and quotes match, or one was dropped, doubled or replaced | the same |
+| `call` | which method is called next | the same |
+| `balance` | which bracket or quote is hidden in a statement, where only one fits all others | the same |
 | `doctest` | which output belongs to an interactive example | files |
 
 Parts are train, validation and test. What occurs twice stays in the first of these parts alone, so that nothing that is
@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,11 +28,12 @@ from claims import corpus, passages
 from claims.corpus import Source
 
 PARTS = ("train", "validation", "test")
-IN_A_ROW = 5  # words of a piece of code or prose
+HIDDEN = "…"  # in the place of what is asked about
+AROUND = 80  # characters before and after a word
+SIGNS = ("(", ")", "[", "]", '"', "'")
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml", "http", "urllib")
 METHODS = (
-    "append", "close", "decode", "encode", "endswith", "extend", "format", "get", "group", "items", "join", "lower",
-    "pop", "read", "replace", "split", "startswith", "strip", "update", "write",
+    "append", "close", "format", "get", "items", "join", "pop", "read", "replace", "split", "startswith", "write",
 )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def _sizes(scale: str, train: int, validation: int, test: int) -> dict[str, int]
 
 
 def module(seed: int, scale: str) -> Task:
-    """At most 40 examples of each package to learn from; its name is hidden."""
+    """Eight examples of each package to learn from; its name is hidden."""
     names = re.compile("|".join(PACKAGES), re.IGNORECASE)
     found: dict[str, list[Passage]] = {part: [] for part in PARTS}
     for label, package in enumerate(PACKAGES):
@@ -136,83 +137,64 @@ def module(seed: int, scale: str) -> Task:
         for part, some in zip(PARTS, (files[:half], files[half : half + most], files[half + most :]), strict=True):
             for source in some:
                 found[part] += [
-                    Passage(names.sub("…", words), label, source.name) for words in passages.paragraphs(source)
+                    Passage(names.sub(HIDDEN, words), label, source.name) for words in passages.paragraphs(source)
                 ]
-    parts = _balanced_parts(found, len(PACKAGES), _sizes(scale, 40, 12, 60), seed)
+    parts = _balanced_parts(found, len(PACKAGES), _sizes(scale, 8, 12, 60), seed)
     return Task("Which package is this paragraph from?", PACKAGES, parts)
 
 
 def prose(seed: int, scale: str) -> Task:
-    """Six examples of each class to learn from; five words in a row, from a place drawn at random."""
+    """Twelve examples of each kind to learn from; at most 40 words of a file."""
     found: dict[str, list[Passage]] = {part: [] for part in PARTS}
-    for part, files in _parsed(seed, scale, 80).items():
+    for part, files in _parsed(seed, scale, 60).items():
         draw = random.Random(f"{seed} {part}")
         for source in files:
-            for label, pieces in enumerate((passages.statements(source), passages.paragraphs(source))):
-                for piece in pieces:
-                    words = passages.words(piece)
-                    if len(words) >= IN_A_ROW:
-                        start = draw.randrange(len(words) - IN_A_ROW + 1)
-                        found[part].append(Passage(" ".join(words[start : start + IN_A_ROW]), label, source.name))
-    parts = _balanced_parts(found, 2, _sizes(scale, 6, 100, 400), seed)
-    return Task("Is this code or prose?", ("code", "prose"), parts)
+            places = list(passages.words_in_place(source))
+            for begin, end, is_prose in draw.sample(places, min(40, len(places))):
+                before, after = source.text[max(0, begin - AROUND) : begin], source.text[end : end + AROUND]
+                if HIDDEN not in before + after:
+                    found[part].append(Passage(before + HIDDEN + after, int(is_prose), source.name))
+    parts = _balanced_parts(found, 2, _sizes(scale, 12, 100, 400), seed)
+    return Task("Is the hidden word code or prose?", ("code", "prose"), parts)
 
 
 def call(seed: int, scale: str) -> Task:
-    """Five examples of each method to learn from; the text before a call, which ends with a dot."""
+    """Three examples of each method to learn from; the text before a call, which ends with a dot."""
     found: dict[str, list[Passage]] = {part: [] for part in PARTS}
     for part, files in split_files(seed).items():
         for source in files:
             found[part] += [
                 Passage(before, METHODS.index(name), source.name) for before, name in passages.calls(source, METHODS)
             ]
-    parts = _balanced_parts(found, len(METHODS), _sizes(scale, 5, 10, 25), seed)
+    parts = _balanced_parts(found, len(METHODS), _sizes(scale, 3, 10, 40), seed)
     return Task("Which method is called next?", METHODS, parts)
 
 
-def broken(statement: str, draw: random.Random) -> str:
-    """A statement with one bracket or quote dropped, doubled, or replaced by another of its sort."""
-    places = [i for i, character in enumerate(statement) if character in "()[]{}\"'"]
-    while True:
-        place = draw.choice(places)
-        old = statement[place]
-        sort = next(sort for sort in (passages.OPENING, passages.CLOSING, passages.QUOTES) if old in sort)
-        new = draw.choice(["", old + old, draw.choice(sort.replace(old, ""))])
-        changed = statement[:place] + new + statement[place + 1 :]
-        if not passages.balanced(changed):
-            return changed
-
-
-@lru_cache(maxsize=2)
-def statements(seed: int, scale: str) -> dict[str, list[Passage]]:
-    """Whole statements of at least four brackets and quotes, by part, label 0."""
-    seen: set[str] = set()
-    parts: dict[str, list[Passage]] = {}
-    sizes = _sizes(scale, 6000, 300, 1000)
+def balance(seed: int, scale: str) -> Task:
+    """Ten examples of each sign to learn from; whole statements that match, with one sign hidden."""
+    found: dict[str, list[Passage]] = {part: [] for part in PARTS}
     for part, files in _parsed(seed, scale).items():
-        found = {}
+        draw = random.Random(f"{seed} {part}")
         for source in files:
             for statement in passages.statements(source):
-                signs = sum(character in "()[]{}\"'" for character in statement)
-                fits = 20 <= len(statement) <= 100 and signs >= 4 and "#" not in statement
-                if fits and passages.balanced(statement) and alike(statement) not in seen:
-                    found[alike(statement)] = Passage(statement, 0, source.name)
-        seen |= found.keys()
-        parts[part] = random.Random(f"{seed} {part}").sample(list(found.values()), min(sizes[part], len(found)))
-    return parts
+                usual = 20 <= len(statement) <= 120 and "#" not in statement and HIDDEN not in statement
+                if usual and passages.balanced(statement) and (hidden := without_sign(statement, draw)):
+                    text, sign = hidden
+                    found[part].append(Passage(text, SIGNS.index(sign), source.name))
+    parts = _balanced_parts(found, len(SIGNS), _sizes(scale, 10, 50, 120), seed)
+    return Task("Which bracket or quote is hidden?", SIGNS, parts)
 
 
-def damaged(whole: Sequence[Passage], draw: random.Random) -> list[Passage]:
-    """Every second statement broken, so that none is there in both states."""
-    return [
-        Passage(broken(p.text, draw), 1, p.file) if number % 2 else Passage(p.text, 0, p.file)
-        for number, p in enumerate(whole)
-    ]
-
-
-def balance(seed: int, scale: str) -> Task:
-    parts = {part: damaged(whole, random.Random(f"{seed} {part}")) for part, whole in statements(seed, scale).items()}
-    return Task("Do brackets and quotes match?", ("balanced", "broken"), parts)
+def without_sign(statement: str, draw: random.Random) -> tuple[str, str] | None:
+    """A statement with a sign hidden, and the sign; None if it has none, or another one would match as well."""
+    of_sign = {sign: [i for i, c in enumerate(statement) if c == sign] for sign in SIGNS if sign in statement}
+    if not of_sign:
+        return None
+    sign = draw.choice(sorted(of_sign))
+    place = draw.choice(of_sign[sign])
+    before, after = statement[:place], statement[place + 1 :]
+    fit = [other for other in passages.ALL_SIGNS if passages.balanced(before + other + after)]
+    return (before + HIDDEN + after, sign) if fit == [sign] else None
 
 
 def _matched(found: dict[str, list[Pair]], among: int, most: dict[str, int], seed: int) -> dict[str, list[Pair]]:

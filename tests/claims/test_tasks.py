@@ -29,7 +29,7 @@ def test_parts_of_a_choice_share_no_text_and_no_file(name: str) -> None:
     assert tasks.CHOICES[name](0, "smoke") == task
 
 
-@pytest.mark.parametrize("name", ["module", "prose", "call"])
+@pytest.mark.parametrize("name", sorted(tasks.CHOICES))
 def test_classes_have_equal_shares(name: str) -> None:
     task = tasks.CHOICES[name](0, "smoke")
     for part in task.parts.values():
@@ -54,7 +54,7 @@ def test_tests_are_on_files_that_no_model_was_pre_trained_on() -> None:
     from claims import text
 
     seen = set(text.texts(False, 0, "laptop")[0])
-    for name in ("call", "balance"):
+    for name in ("call", "balance", "prose"):
         parts = tasks.CHOICES[name](0, "smoke").parts
         files = {source.name: source.text for source in tasks.split_files(0)["test"]}
         assert all(files[passage.file] not in seen for passage in parts["test"])
@@ -99,7 +99,13 @@ def test_what_is_taken_from_a_file() -> None:
     assert sentence == "Say something about a thing, so often."
     assert function.startswith("def _(self, count=3):\ntotal = ")
     assert "Say something" not in function
-    assert passages.words('self.maxLines = HTTPError("text")  # remark') == ["self", "max", "lines", "http", "error"]
+    places = list(passages.words_in_place(SOURCE))
+    of_kind = [[SOURCE.text[begin:end] for begin, end, is_prose in places if is_prose == kind] for kind in (0, 1)]
+    assert of_kind[0] == ["class", "Thing", "def", "name", "self", "count", "total", "join", "if", "count", "return",
+                          "total", "strip", "return"]  # fmt: skip
+    assert of_kind[1][:4] == ["About", "this", "module", "in"]
+    assert of_kind[1][-3:] == ["often", "And", "more"] or of_kind[1][-1] == "remark"
+    assert "text" not in [*of_kind[0], *of_kind[1]]
 
 
 @pytest.mark.parametrize(
@@ -120,15 +126,18 @@ def test_brackets_and_quotes(text: str, right: bool) -> None:
     assert passages.balanced(text) == right
 
 
-def test_a_broken_statement_differs_in_one_sign_and_does_not_match() -> None:
+def test_one_sign_alone_fits_where_one_is_hidden() -> None:
     draw, statement = random.Random(0), "f(a[1], {2: '('})"
-    found = {tasks.broken(statement, draw) for _ in range(200)}
-    assert len(found) > 20
-    for one in found:
-        assert not passages.balanced(one)
-        assert abs(len(one) - len(statement)) <= 1
-        letters = [c for c in one if c not in "()[]{}\"'"]
-        assert letters == [c for c in statement if c not in "()[]{}\"'"]
+    found = [hidden for _ in range(200) if (hidden := tasks.without_sign(statement, draw))]
+    assert {sign for _, sign in found} == {"(", ")", "[", "]", "'"}
+    for text, sign in found:
+        assert text.replace(tasks.HIDDEN, sign) == statement
+        fit = [one for one in "()[]{}'\"" if passages.balanced(text.replace(tasks.HIDDEN, one))]
+        assert fit == [sign]
+    assert tasks.without_sign("a = b", draw) is None
+    # whatever stands in a string, "'…' + a" matches, so that a sign in it is not hidden
+    others = [tasks.without_sign("'(' + a", draw) for _ in range(50)]
+    assert {hidden[1] for hidden in others if hidden} == {"'"}
 
 
 def test_the_right_output_stands_with_its_example() -> None:
