@@ -3,10 +3,10 @@
 | Task | Question | What is split |
 |---|---|---|
 | `module` | which package a paragraph of a docstring or comment comes from | files of each package |
-| `prose` | whether a hidden word is part of code, or of a comment or docstring | files that are not pre-trained on |
-| `retrieval` | which function, its name hidden, a sentence is the docstring of | files |
+| `prose` | whether a hidden word is code or prose (a comment, a docstring) | files; tests only on files not pre-trained on |
 | `call` | which method is called next | the same |
 | `balance` | which bracket or quote is hidden in a statement, where only one fits all others | the same |
+| `retrieval` | which function, its name hidden, a sentence is the docstring of | files |
 | `doctest` | which output belongs to an interactive example | files |
 
 Parts are train, validation and test. What occurs twice stays in the first of these parts alone, so that nothing that is
