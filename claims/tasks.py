@@ -3,7 +3,7 @@
 | Task | Question | What is split |
 |---|---|---|
 | `module` | which package a paragraph of a docstring or comment comes from | files of each package |
-| `prose` | whether a hidden word is code or prose (a comment, a docstring) | files; tests only on files not pre-trained on |
+| `prose` | whether a hidden word is code, or comment or docstring | files; tests on files not pre-trained on |
 | `call` | which method is called next | the same |
 | `balance` | which bracket or quote is hidden in a statement, where only one fits all others | the same |
 | `retrieval` | which function, its name hidden, a sentence is the docstring of | files |
