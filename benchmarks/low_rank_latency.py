@@ -1,6 +1,6 @@
 """How long a pass of a model takes whose linear layers are low-rank, beside the original: one run, taking turns.
 
-    python benchmarks/low_rank_latency.py --layers 4 --rounds 5 --out benchmarks/results/low_rank_latency.json
+    python benchmarks/low_rank_latency.py --layers 12 --rounds 5 --out benchmarks/results/low_rank_latency.json
 
 The blocks are those of ViT-base (224 x 224 pixels, 197 tokens) and BERT-base (128 tokens), twelve of them unless told
 otherwise, with random weights, which a pass takes as long for as any. The vision transformer keeps half of all its
