@@ -87,7 +87,7 @@ def test_the_table_for_the_documentation(cli: Callable[..., Any], tiny: Path) ->
     head, line, row = markdown(read_records(tiny / "results")).splitlines()
     assert head.startswith("| Model | Data | Parameters |")
     assert set(line) == set("|- ")
-    assert row == "| little | numbers | 6 | 0 | 0 s | accuracy | 0.9 | a line 0.5 | 0.25 |"
+    assert row == "| little | numbers | 6 | 0 s, seed 0 | accuracy **0.9**; a line 0.5; chance 0.25 |"
     assert rows({}) == []
 
 

@@ -197,6 +197,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def markdown(records: Records) -> str:
-    """The table for the documentation."""
-    lines = [HEAD, ("---",) * len(HEAD), *rows(records)]
+    """The table for the documentation: as wide as a page, so what was measured is one column."""
+    lines: list[tuple[str, ...]] = [("Model", "Data", "Parameters", "Trained in", "Quality")]
+    lines.append(("---",) * len(lines[0]))
+    for name, data, parameters, seeds, seconds, metric, value, baseline, chance in rows(records):
+        trained = f"{seconds}, seed{'s' if ',' in seeds else ''} {seeds}"
+        guessed = f"; chance {chance}" if chance != "—" else ""
+        lines.append((name, data, parameters, trained, f"{metric} **{value}**; {baseline}{guessed}"))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
