@@ -66,6 +66,7 @@ CODES: dict[str, tuple[str, str]] = {
     "RG903": ("inputs missing", "A claim at the scale of its paper needs models and data, or the file of them is malformed."),
     "RG904": ("unreadable results", "A file of results of a claim cannot be used."),
     "RG905": ("no such model of the zoo", "No module of the folder claims/ lists a model of this name, or two modules do."),
+    "RG906": ("model of the zoo not good enough", "A model of the zoo is not far enough above its baseline, or above chance, to count as trained."),
 }  # fmt: skip
 
 

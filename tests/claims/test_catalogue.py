@@ -58,7 +58,8 @@ def test_models_are_made_measured_and_shown(cli: Callable[..., Any], tiny: Path)
 
 def test_a_model_that_is_refused_stops_no_other_and_fails_the_command(cli: Callable[..., Any], tiny: Path) -> None:
     done = cli("weak", "little", "--make")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
+    assert "RG906" in done.stderr
     assert "weak, seed 0: refused" in done.stderr
     assert set(read_records(tiny / "results")) == {"little"}
 

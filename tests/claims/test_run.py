@@ -72,7 +72,7 @@ def test_a_model_that_is_not_good_enough_stops_nothing_else(tiny: Path, tmp_path
         run_claims(claims(tiny), range(3), tmp_path / "results", jobs=jobs, say=said.append)
     for name, seeds in (("01", ["0", "2"]), ("02", ["0", "1", "2"])):
         assert list(json.loads((tmp_path / "results" / f"{name}.json").read_text())["seeds"]) == seeds
-    assert "claim 01, seed 1: not run, because too bad" in said
+    assert any(line.startswith("claim 01, seed 1: not run, because too bad") for line in said)
 
 
 def test_a_killed_command_leaves_whole_results(tiny: Path, tmp_path: Path) -> None:
@@ -124,6 +124,18 @@ def test_the_state_of_the_code_includes_what_it_imports(tmp_path: Path) -> None:
     assert len(states) == 5
     (folder / "other.py").write_text("not imported")
     assert state_of(claim) in states
+
+
+def test_what_a_claim_says_of_itself_is_no_part_of_its_code(tmp_path: Path) -> None:
+    (tmp_path / "claims").mkdir()
+    claim = tmp_path / "claims" / "01_one.py"
+    states = []
+    for said in ("", '"""Not run yet."""\n', '"""Held,\nin two lines."""\n'):
+        claim.write_text(said + "x = 1\n")
+        states.append(state_of(claim))
+    assert len(set(states)) == 1
+    claim.write_text('"""Held."""\nx = 2\n')
+    assert state_of(claim) != states[0]
 
 
 def test_smoke_is_not_judged_and_does_not_touch_results(tiny: Path, tmp_path: Path) -> None:

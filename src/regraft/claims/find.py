@@ -100,11 +100,24 @@ def module_of(path: Path) -> ModuleType:
 
 def state_of(path: Path) -> str:
     """A hash of a file and of all files of the repository that it imports, or takes from the examples, so that
-    figures of one state of an experiment are not mixed with those of another."""
+    figures of one state of an experiment are not mixed with those of another.
+
+    What a file says about itself at its beginning, such as what was found, is no part of it.
+    """
     digest = hashlib.blake2b(digest_size=12)
     for file in sorted(_with_imports(path.resolve(), set())):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+        digest.update(file.name.encode() + b"\0" + _without_docstring(file.read_bytes()) + b"\0")
     return digest.hexdigest()
+
+
+def _without_docstring(code: bytes) -> bytes:
+    tree = ast.parse(code)
+    if ast.get_docstring(tree, clean=False) is None:
+        return code
+    lines = code.splitlines(keepends=True)
+    first = tree.body[0]
+    assert first.end_lineno is not None
+    return b"".join(lines[: first.lineno - 1] + lines[first.end_lineno :])
 
 
 def _with_imports(path: Path, seen: set[Path]) -> set[Path]:

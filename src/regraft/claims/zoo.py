@@ -31,6 +31,7 @@ from typing import Any
 from regraft.checkpoint.model import open_checkpoint
 from regraft.checkpoint.paths import cache_folder
 from regraft.claims.find import state_of
+from regraft.errors import UserError
 
 RECORD = "zoo.json"
 FAR = 0.25  # a model must have come at least this share of the way from guessing to perfection
@@ -72,8 +73,14 @@ class Quality:
         return (self.value - self.chance) / way >= FAR
 
 
-class NotGoodEnoughError(RuntimeError):
-    """A model of the zoo that is not far enough above its baseline to be called trained."""
+class NotGoodEnoughError(UserError):
+    """A model of the zoo that is not far enough above its baseline to be called trained (RG906)."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("RG906", what, fix="give it more steps or data, or leave the seed out")
+
+    def __reduce__(self) -> tuple[type[NotGoodEnoughError], tuple[str]]:
+        return type(self), (self.what,)  # on its way from another process
 
 
 Maker = Callable[..., Quality]
@@ -140,8 +147,9 @@ def _make(make: Maker, target: Path, options: dict[str, Any], data: str) -> None
             "quality": asdict(quality),
         }
         if not quality.enough and options.get("scale") != "smoke":
+            asked = ", ".join(f"{key} {value}" for key, value in options.items())
             raise NotGoodEnoughError(
-                f"{make.__name__} {options}: {quality.metric} is {quality.value:.4g}, {quality.against} has "
+                f"{make.__name__} ({asked}): {quality.metric} is {quality.value:.4g}, {quality.against} has "
                 f"{quality.baseline:.4g}, and it must be better by {quality.margin:.4g}"
                 + ("" if quality.far_from_chance else f"; guessing gives {quality.chance:.4g}")
             )
