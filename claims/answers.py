@@ -223,7 +223,7 @@ def around_hidden(tokenizer: transformers.PreTrainedTokenizerFast, passages: Seq
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
 
-@entry(data="24 words of the standard library's source, hidden, from code or from comments and docstrings")
+@entry(data="12 words of the standard library's source, hidden, from code or from comments and docstrings")
 def task_prose(folder: Path, *, seed: int, scale: str) -> Quality:
     """The encoder says at the mask what is hidden."""
     task, base = tasks.prose(seed, scale), zoo.encoder(seed=seed, scale=scale)
@@ -233,7 +233,7 @@ def task_prose(folder: Path, *, seed: int, scale: str) -> Quality:
         base, id2label=names, label2id={name: i for i, name in names.items()}
     )
     examples = around_hidden(tokenizer, task.parts["train"])
-    lm.fit(model, lambda _: examples, 30 if scale == "laptop" else 1, 1e-3)
+    lm.fit(model, lambda _: examples, 60 if scale == "laptop" else 1, 1e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     found, plain = right_at_mask(model, tokenizer, task), linear.classified(task)

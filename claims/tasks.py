@@ -144,7 +144,7 @@ def module(seed: int, scale: str) -> Task:
 
 
 def prose(seed: int, scale: str) -> Task:
-    """Twelve examples of each kind to learn from; at most 40 words of a file."""
+    """Six examples of each kind to learn from; at most 40 words of a file."""
     found: dict[str, list[Passage]] = {part: [] for part in PARTS}
     for part, files in _parsed(seed, scale, 60).items():
         draw = random.Random(f"{seed} {part}")
@@ -154,7 +154,7 @@ def prose(seed: int, scale: str) -> Task:
                 before, after = source.text[max(0, begin - AROUND) : begin], source.text[end : end + AROUND]
                 if HIDDEN not in before + after:
                     found[part].append(Passage(before + HIDDEN + after, int(is_prose), source.name))
-    parts = _balanced_parts(found, 2, _sizes(scale, 12, 100, 400), seed)
+    parts = _balanced_parts(found, 2, _sizes(scale, 6, 100, 400), seed)
     return Task("Is the hidden word code or prose?", ("code", "prose"), parts)
 
 
