@@ -24,6 +24,9 @@ from regraft.train.loop import train
 from regraft.train.objective import Sum
 from regraft.train.options import TrainOptions
 
+# Gradients near zero, which AdamW makes as large as any other, depend on how a batch is divided.
+EPSILON = 1e-4
+
 
 def embeddings(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """A vector that depends on the text alone."""
@@ -41,7 +44,13 @@ def main(model: Path, data: Path, folder: Path, batch: int) -> None:
     if "text" in rows[0]:
         aligned = with_descriptions(collate, embeddings)  # type: ignore[arg-type]
         objective = Sum(aligned, [(1.0, OwnLoss()), (0.3, Descriptions(8))])
-    options = TrainOptions(max_steps=4, per_device_train_batch_size=batch, logging_steps=1, learning_rate=1e-3)
+    options = TrainOptions(
+        max_steps=4,
+        per_device_train_batch_size=batch,
+        logging_steps=1,
+        learning_rate=1e-3,
+        adam_epsilon=EPSILON,
+    )
     result = train(whole, objective, rows, options, folder=folder / "checkpoints", device="cpu")
     if os.environ.get("RANK", "0") == "0":
         whole.save_pretrained(folder / "model")
