@@ -7,7 +7,7 @@ left less than the base in a pilot; claim 65 uses those.)
 Continued pre-training: the same at rate 0.9 on a text decoder, for its instruction tuning and for its continued
 pre-training on a domain, by the share of the gain in loss that is left.
 
-What is inconclusive is a fraction of a point: at rate 0.9 DARE loses 1.04 of the 39 points that fine-tuning gained
+What is inconclusive is a fraction of a point: at rate 0.9 DARE loses 1.3 of the 40 points that fine-tuning gained
 (mean of seeds 0 to 4), where 1 is allowed. Larger models, which the paper finds to stand more, and lighter fine-tuning
 have not been tried.
 """
