@@ -32,6 +32,9 @@ held* if the interval lies below that smallest effect; *inconclusive* otherwise.
 decide. With five seeds such an interval is narrower than its name: it covers about 85 %. What is chosen, is chosen on
 validation data, with as many tries for each method; test data is looked at once.
 
+**Run again,** the same code gives the same figures on the same machine. Other versions or another kind of processor
+round differently, training amplifies that, and a verdict that is near its limit can change.
+
 """
 
 
