@@ -101,6 +101,7 @@ PREDICTION: Columns = (
         lambda r: _share(r["predicted"]["seconds_estimated"], median(run["wall"] for run in r["regraft"])),
     ),
 )
+FEW = 3  # rules that a title names
 MODES = {"compare": COMPARISON, "scaling": SCALING, "limit": LIMIT}
 
 
@@ -146,7 +147,10 @@ def title(results: Mapping[str, Any]) -> str:
     size = (
         f"{settings['parameters'] / 1e9:.3g} B parameters, {settings['checkpoints']} checkpoints, {settings['dtype']}"
     )
-    return f"Limited memory: {size}" if results["mode"] == "limit" else f"Speed: {size}"
+    if results["mode"] == "limit":
+        return f"Limited memory: {size}"
+    rules = [row["rule"] for row in results["rows"] if not row.get("skipped")]
+    return f"Speed of {', '.join(rules)}: {size}" if len(rules) <= FEW else f"Speed: {size}"
 
 
 def pages(folder: Path) -> str:
