@@ -150,7 +150,7 @@ def title(results: Mapping[str, Any]) -> str:
     if results["mode"] == "limit":
         return f"Limited memory: {size}"
     rules = [row["rule"] for row in results["rows"] if not row.get("skipped")]
-    return f"Speed of {', '.join(rules)}: {size}" if len(rules) <= FEW else f"Speed: {size}"
+    return f"Speed of {', '.join(rules)}: {size}" if 0 < len(rules) <= FEW else f"Speed: {size}"
 
 
 def pages(folder: Path) -> str:
