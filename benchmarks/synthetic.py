@@ -23,6 +23,8 @@ from zlib import crc32
 
 import torch
 
+from regraft.checkpoint.dtypes import DTYPES as STORED
+from regraft.checkpoint.dtypes import dtype_name
 from regraft.checkpoint.writer import ModelWriter, TensorSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -132,7 +134,7 @@ def make_checkpoints(
     names = ("base", *(f"tuned-{i + 1}" for i in range(models)))
     folder = work / f"{shape.parameters / 1e6:.0f}m-{shape.num_hidden_layers}-layers-{models}-models-{dtype}"
     facts = {"version": _VERSION, "shape": asdict(shape), "names": list(names), "dtype": dtype}
-    specs = _specs(shape, DTYPES[dtype])
+    specs = _specs(shape, dtype_name(DTYPES[dtype]))
     made = Checkpoints(folder, names, shape, len(specs), sum(s.nbytes for s in specs))
     stamp = folder / STAMP
     if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == facts:
@@ -154,7 +156,7 @@ def make_checkpoints(
     return made
 
 
-def _specs(shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
+def _specs(shape: Shape, dtype: str) -> list[TensorSpec]:
     """Names and shapes as transformers has them, without weights."""
     from transformers import LlamaForCausalLM
 
@@ -176,7 +178,7 @@ def _write_piece(writers: list[ModelWriter], number: int, spec: TensorSpec, star
     base = _noise(spec.name, 0, start, length).mul_(SPREAD)
     if not matrix:
         base += 1
-    stored = base.to(spec.dtype)
+    stored = base.to(STORED[spec.dtype])
     writers[0].write(spec.name, start, stored)
     base.copy_(stored)  # a fine-tune begins at what was stored
     for model, writer in enumerate(writers[1:], 1):
@@ -184,7 +186,7 @@ def _write_piece(writers: list[ModelWriter], number: int, spec: TensorSpec, star
             writer.write(spec.name, start, stored)
         else:
             changed = _noise(spec.name, model, start, length).mul_(SPREAD * RELATIVE_CHANGE).add_(base)
-            writer.write(spec.name, start, changed.to(spec.dtype))
+            writer.write(spec.name, start, changed.to(STORED[spec.dtype]))
 
 
 def _noise(name: str, model: int, start: int, length: int) -> torch.Tensor:

@@ -108,7 +108,7 @@ def test_large_files_have_aligned_data(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(open_files, "WORTHWHILE", 10**4)
     monkeypatch.setattr(shards, "WORTHWHILE", 10**4)
     values = torch.arange(10**4, dtype=torch.float32)
-    with ModelWriter(tmp_path / "out", [TensorSpec("a", (10**4,), torch.float32)]) as w:
+    with ModelWriter(tmp_path / "out", [TensorSpec("a", (10**4,), "F32")]) as w:
         for at in range(0, 10**4, 999):
             w.write("a", at, values[at : at + 999])
         w.publish()

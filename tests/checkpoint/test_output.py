@@ -18,12 +18,13 @@ import safetensors.torch
 import torch
 
 from regraft.checkpoint import output
+from regraft.checkpoint.dtypes import dtype_name
 from regraft.checkpoint.writer import ModelWriter, TensorSpec
 from regraft.errors import UserError, UserWarningMessage
 
 
 def specs_of(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+    return [TensorSpec(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in tensors.items()]
 
 
 def save(out: Path, tensors: dict[str, torch.Tensor], **settings: Any) -> None:
@@ -154,7 +155,7 @@ def dying(self, target):
     if moment == "after" and self.name.endswith("-partial"): os.kill(os.getpid(), signal.SIGKILL)
     return result
 Path.rename = dying
-with ModelWriter(out, [TensorSpec("x", (1000,), torch.float32)], force=True) as w:
+with ModelWriter(out, [TensorSpec("x", (1000,), "F32")], force=True) as w:
     w.write("x", 0, torch.ones(500))
     if moment == "writing": os.kill(os.getpid(), signal.SIGKILL)
     w.write("x", 500, torch.ones(500))

@@ -21,7 +21,7 @@ from regraft.checkpoint.output import clear_leftovers, reserved, staging_of
 from regraft.checkpoint.writer import ModelWriter, TensorSpec
 from regraft.errors import UserError
 
-SPECS = [TensorSpec(name, (100, 10), torch.float32) for name in ("t0", "t1", "t2", "t3")]
+SPECS = [TensorSpec(name, (100, 10), "F32") for name in ("t0", "t1", "t2", "t3")]
 SAME = {"key": "abc", "names": [["a", "x/a"]]}
 
 
@@ -137,7 +137,7 @@ def test_another_run_begins_anew(settings: dict[str, Any], tmp_path: Path) -> No
 
 def test_other_tensors_begin_anew(tmp_path: Path) -> None:
     stop(tmp_path / "out", KeyboardInterrupt(), "t0")
-    specs = [TensorSpec("t0", (100, 10), torch.float32), TensorSpec("t1", (10, 300), torch.float32)]
+    specs = [TensorSpec("t0", (100, 10), "F32"), TensorSpec("t1", (10, 300), "F32")]
     with ModelWriter(tmp_path / "out", specs, shard_bytes=5000, depends_on=SAME) as w:
         assert w.finished == {}
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from regraft.checkpoint import descriptors
+from regraft.checkpoint.dtypes import DTYPES
 from regraft.checkpoint.safetensors_file import FileTensor, read_safetensors
-from regraft.checkpoint.tensor import DTYPES, TensorSource
+from regraft.checkpoint.tensor import TensorSource
 from regraft.errors import UserError
 
 

@@ -41,7 +41,7 @@ def copy(
 ) -> tuple[Path, list[str]]:
     out = tmp_path / "staging"
     out.mkdir()
-    settings = {"config_changes": {}, "dtype": torch.float32} | settings
+    settings = {"config_changes": {}, "dtype": "float32"} | settings
     names = copy_sidecars(out, config_from=model, tokenizer_from=tokenizer or model, **settings)
     found = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
     assert names == found
@@ -56,7 +56,7 @@ def llama(tmp_path: Path) -> Path:
 
 
 def test_a_language_model_loads_with_what_travels(tmp_path: Path, llama: Path) -> None:
-    out, names = copy(tmp_path, open_checkpoint(str(llama)), dtype=torch.bfloat16)
+    out, names = copy(tmp_path, open_checkpoint(str(llama)), dtype="bfloat16")
     assert "config.json" in names
     config = hf.AutoConfig.from_pretrained(out)
     assert (config.model_type, config.dtype) == ("llama", torch.bfloat16)
@@ -159,7 +159,7 @@ def test_changed_config() -> None:
     }
     before = json.dumps(config)
     changes = {"vocab_size": 9, "text_config.num_hidden_layers": 3}
-    assert changed_config(config, changes, torch.float16) == {
+    assert changed_config(config, changes, "float16") == {
         "architectures": ["X"],
         "dtype": "float16",
         "text_config": {"dtype": "float16", "num_hidden_layers": 3, "vocab_size": 5},
@@ -169,7 +169,7 @@ def test_changed_config() -> None:
     }
     assert json.dumps(config) == before
     with pytest.raises(KeyError):
-        changed_config(config, {"vision_config.x": 1}, torch.float16)
+        changed_config(config, {"vision_config.x": 1}, "float16")
 
 
 @pytest.mark.parametrize("allowed", [False, True])

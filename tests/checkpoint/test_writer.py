@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 import models
 from regraft.checkpoint import open_files, writer
-from regraft.checkpoint.tensor import DTYPES
+from regraft.checkpoint.dtypes import DTYPES, dtype_name
 from regraft.checkpoint.writer import ModelWriter, TensorSpec
 from regraft.errors import UserError
 
 
 def specs_of(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+    return [TensorSpec(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in tensors.items()]
 
 
 def save(out: Path, tensors: dict[str, torch.Tensor], **settings: Any) -> None:
@@ -187,7 +187,7 @@ def test_abort_waits_for_writes_in_progress(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_disk_too_small(tmp_path: Path) -> None:
-    error = refused("RG402", tmp_path / "out", [TensorSpec("x", (10**9, 10**9), torch.float32)])
+    error = refused("RG402", tmp_path / "out", [TensorSpec("x", (10**9, 10**9), "F32")])
     assert "4000000000.00 GB" in str(error)
     refused("RG402", tmp_path / "out", specs_of(small()), extra_bytes=10**18)
 

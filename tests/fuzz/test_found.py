@@ -249,7 +249,7 @@ def test_halves_of_characters_in_json_stay_escapes(model: Path, tmp_path: Path) 
     checkpoint = open_checkpoint(str(change(model, "config.json", note="\ud800")))
     out = tmp_path / "out"
     out.mkdir()
-    copy_sidecars(out, config_from=checkpoint, tokenizer_from=checkpoint, config_changes={}, dtype=torch.float32)
+    copy_sidecars(out, config_from=checkpoint, tokenizer_from=checkpoint, config_changes={}, dtype="float32")
     assert json.loads((out / "config.json").read_text("utf-8"))["note"] == "\ud800"
 
 

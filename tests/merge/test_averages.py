@@ -48,7 +48,7 @@ def test_slerp_tells_which_branch_ran() -> None:
     for b, branch in ((a + 0.001 * other, "linear"), (other, "spherical")):
         rule = method("merge", "slerp")
         sources = (MemoryTensor("w", a), MemoryTensor("w", b))
-        job = Job(TensorInfo("w", tuple(a.shape)), sources, torch.float32, rule, rule.resolve(2, {"t": 0.4}))
+        job = Job(TensorInfo("w", tuple(a.shape)), sources, "F32", rule, rule.resolve(2, {"t": 0.4}))
         notes = run_jobs([job], lambda *_: None, chunk=BLOCK, workers=2).notes["w"]
         assert notes["branch"] == branch
         expected = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import regraft.merge as merge
 from regraft.checkpoint.tensor import BLOCK, MemoryTensor
+from regraft.merge import sparsify
 from regraft.merge.engine import Outcome, run_jobs
 from regraft.merge.jobs import Job
 from regraft.merge.kernels import between
@@ -25,12 +27,10 @@ def run(rule_name: str, base: torch.Tensor, models: list[torch.Tensor], **option
     out = torch.empty(base.numel())
     sources = tuple(MemoryTensor("w", m) for m in models)
     info = TensorInfo("w", tuple(base.shape))
-    job = Job(
-        info, sources, torch.float32, rule, rule.resolve(len(models), options), MemoryTensor("w", base), ("a", "b")
-    )
+    job = Job(info, sources, "F32", rule, rule.resolve(len(models), options), MemoryTensor("w", base), ("a", "b"))
 
-    def write(name: str, start: int, values: torch.Tensor) -> None:
-        out[start : start + values.numel()] = values
+    def write(name: str, start: int, values: np.ndarray) -> None:
+        out[start : start + len(values)] = torch.from_numpy(values)
 
     return out, run_jobs([job], write, workers=2, chunk=BLOCK)
 
@@ -107,3 +107,20 @@ def test_dare_says_yes_and_no_to_rescale() -> None:
     assert rule.resolve(1, {"rescale": True}).rescale == "density"
     assert rule.resolve(1, {"rescale": False}).rescale == "none"
     assert rule.mergekit_values["rescale"] == {True: "l1", False: "none"}
+
+
+@pytest.mark.parametrize("width", [1, 5, 64, 1003])
+def test_decisions_by_rank_that_are_kept_are_those_that_are_made_again(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(width)
+    shape = (3 * BLOCK // width + 7, width)
+    base = torch.randn(shape, generator=generator)
+    models = [base + 1e-3 * torch.randn(shape, generator=generator) for _ in range(2)]
+    options = {"density": [0.6, 1.0], "epsilon": 0.2, "rescale": "l1"}
+    kept, told = run("della", base, models, **options)
+    monkeypatch.setattr(sparsify, "_MOST_MARKS", -1)
+    again, told_again = run("della", base, models, **options)
+    assert torch.equal(kept, again)
+    assert told.notes == told_again.notes
+    assert not torch.equal(kept, base.view(-1))

@@ -27,7 +27,7 @@ def collect(statistic, values: torch.Tensor, chunk: int, reverse: bool = False) 
             piece = Chunk(info, Options(), start, values[:, start : start + chunk].contiguous())
             statistic.observe(piece)
         if statistic.finish():
-            return statistic.result
+            return torch.from_numpy(statistic.result)
     raise AssertionError("never finished")
 
 
@@ -111,7 +111,9 @@ def test_column_sums_keep_what_comes_too_early() -> None:
         memory[:] = x[:, start : start + BLOCK]
         statistic.observe(Chunk(TensorInfo("x", (3 * BLOCK,)), Options(), start, memory))
     assert statistic.finish()
-    torch.testing.assert_close(statistic.result, x.double().view(3, -1, 64).sum(1), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        torch.from_numpy(statistic.result), x.double().view(3, -1, 64).sum(1), rtol=1e-12, atol=1e-15
+    )
 
 
 def test_extremes() -> None:

@@ -21,7 +21,7 @@ def job(rule: str, shape: tuple[int, ...], *, seed: int = 0) -> Job:
     base, *models = (MemoryTensor("w", torch.randn(shape, generator=generator)) for _ in range(3))
     options = made.resolve(2, {})
     info = TensorInfo("w", shape)
-    return Job(info, tuple(models), torch.float32, made, options, base, ("a", "b", "base"))
+    return Job(info, tuple(models), "F32", made, options, base, ("a", "b", "base"))
 
 
 def cost(jobs: list[Job], *, moved: int = 0, workers: int = 2, chunk: int = BLOCK) -> Estimate:

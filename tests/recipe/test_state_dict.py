@@ -177,7 +177,7 @@ def test_a_model_may_be_merged_as_its_tensors_alone(tmp_path: Path) -> None:
 def test_the_result_does_not_depend_on_how_it_is_cut_and_is_not_made_twice(folder: Path, tmp_path: Path) -> None:
     one = merge(read(folder, LINEAR), tmp_path / "one", Settings(chunk=100, workers=3, shard_bytes=1500))
     assert (one / "model.safetensors.index.json").exists()
-    other = weights(merge(read(folder, LINEAR), tmp_path / "other", Settings(chunk=default_chunk(torch.device("cpu")))))
+    other = weights(merge(read(folder, LINEAR), tmp_path / "other", Settings(chunk=default_chunk("cpu"))))
     pieces = {k: v for path in one.glob("*.safetensors") for k, v in load_file(path).items()}
     assert pieces.keys() == other.keys()
     assert all(torch.equal(pieces[name], other[name]) for name in other)

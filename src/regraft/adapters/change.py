@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from regraft.adapters.factors import Factors, residual, square
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOW_RANK, SAVED, LEFT_OUT = "low rank", "saved", "left out"
 

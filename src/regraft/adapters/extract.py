@@ -12,11 +12,9 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save
-from torch import Tensor
 
 from regraft.adapters.change import LEFT_OUT, SAVED, Change, measured
 from regraft.adapters.factors import Factors, Truncation, decompose, rounding_noise, square
@@ -25,16 +23,20 @@ from regraft.adapters.skeleton import EMBEDDING, Parameter, Skeleton
 from regraft.checkpoint import Checkpoint, TensorSource, numel
 from regraft.checkpoint.adapter_model import configs
 from regraft.checkpoint.distance import check_base
+from regraft.checkpoint.dtypes import DTYPES, from_torch_name, main_dtype
 from regraft.checkpoint.job_folder import JobFolder
 from regraft.checkpoint.sidecars import same_tokenizer
-from regraft.checkpoint.tensor import main_dtype
+from regraft.checkpoint.tensor import stored_dtype
 from regraft.errors import UserError, nearest
 from regraft.inspect.config_keys import config_differences
 from regraft.inspect.obstacles import LABEL_KEYS
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ALL, BIASES = "all", "bias"
 FACTORS = "factors"  # a folder in the staging folder, for factors of an extraction that goes on
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = ("float32", "float16", "bfloat16")
 _PIECE = 1 << 22  # elements
 
 
@@ -70,7 +72,7 @@ def factor_dtype(name: str | None) -> torch.dtype | None:
         return None
     if name not in _DTYPES:
         raise UserError("RG303", f"{name!r} is no dtype for factors", fix=nearest(name, _DTYPES))
-    return _DTYPES[name]
+    return DTYPES[from_torch_name(name)]
 
 
 class Extraction:
@@ -112,7 +114,8 @@ class Extraction:
         self._factored: list[Parameter] = []
         self._left: list[Parameter] = []
         self._sort()
-        self.dtype = wanted.dtype or main_dtype((one.dtype, numel(one)) for one in model.tensors.values())
+        main = main_dtype((stored_dtype(one), numel(one)) for one in model.tensors.values())
+        self.dtype = wanted.dtype or DTYPES[main]
 
     @property
     def elements(self) -> int:
@@ -333,6 +336,8 @@ class Extraction:
             del job.done[name]
 
         def work() -> dict[str, Any]:
+            from safetensors.torch import save
+
             found = self._factors(parameter)
             if found is None:
                 return {}
@@ -345,6 +350,8 @@ class Extraction:
         facts = job.once(name, work)
         if not facts:
             return None
+        from safetensors.torch import load_file
+
         tensors = load_file(path)
         return Factors(tensors["up"], tensors["down"]), Change(**facts)
 

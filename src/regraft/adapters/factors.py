@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from regraft.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Matrices with a shorter side are decomposed in full.
 EXACT_UP_TO = 1024

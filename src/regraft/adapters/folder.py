@@ -20,6 +20,7 @@ from regraft.adapters.skeleton import CONVOLUTION, EMBEDDING, TRANSPOSED, Parame
 from regraft.checkpoint import Checkpoint, MemoryTensor, TensorSource, TensorSpec, numel
 from regraft.checkpoint.adapter_keys import PREFIX
 from regraft.checkpoint.shards import Shard, layout
+from regraft.checkpoint.tensor import stored_dtype
 from regraft.checkpoint.weights import ADAPTER_CONFIG
 
 WEIGHTS = "adapter_model.safetensors"
@@ -96,7 +97,7 @@ class Adapter:
 
     @property
     def specs(self) -> list[TensorSpec]:
-        return [TensorSpec(key, source.shape, source.dtype) for key, source in self.tensors.items()]
+        return [TensorSpec(key, source.shape, stored_dtype(source)) for key, source in self.tensors.items()]
 
     def config(self, base: Checkpoint) -> dict[str, Any]:
         """What adapter_config.json says; names the base as the user did, or by its id on the Hub."""

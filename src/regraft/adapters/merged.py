@@ -13,9 +13,10 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from regraft.adapters.change import LOW_RANK, Change
 from regraft.adapters.extract import ALL, Extraction, Wanted
@@ -23,11 +24,15 @@ from regraft.adapters.factors import Factors, Truncation, added, recompress, siz
 from regraft.adapters.folder import Adapter
 from regraft.adapters.skeleton import EMBEDDING, TRANSPOSED, Parameter
 from regraft.checkpoint import Checkpoint, TensorSource
+from regraft.checkpoint.dtypes import DTYPES, array_dtype, as_tensor
 from regraft.checkpoint.job_folder import JobFolder
 from regraft.checkpoint.lora import LoraTensor, Renamed, products
 from regraft.errors import UserError
 from regraft.merge.engine import run_jobs
 from regraft.merge.jobs import Job
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,15 @@ class _Results:
     def of(self, job: Job) -> Tensor:
         with self._lock:
             if self._job is not job:
-                values = torch.empty(job.info.numel, dtype=job.out_dtype)
+                values = np.empty(job.info.numel, array_dtype(job.out_dtype))
 
-                def write(name: str, start: int, piece: Tensor) -> None:
-                    values[start : start + piece.numel()] = piece
+                def write(name: str, start: int, piece: np.ndarray) -> None:
+                    values[start : start + len(piece)] = piece
 
                 how = self._how
                 outcome = run_jobs([job], write, workers=how.workers, device=how.device, allow_nan=how.allow_nan)
                 self.warnings += [one for one in outcome.warnings if one not in self.warnings]
-                self._job, self._values = job, values
+                self._job, self._values = job, as_tensor(values, job.out_dtype)
             return self._values
 
 
@@ -70,7 +75,7 @@ class MergedTensor:
     def __init__(self, job: Job, results: _Results) -> None:
         models = tuple(m.unrounded() if isinstance(m, LoraTensor) else m for m in job.models)
         self._job = replace(job, models=models, out_dtype=job.arithmetic)
-        self.name, self.shape, self.dtype = job.info.name, job.info.shape, job.arithmetic
+        self.name, self.shape, self.dtype = job.info.name, job.info.shape, DTYPES[job.arithmetic]
         self._results = results
         self.replaced = any(isinstance(model, Renamed) for model in job.models)
         self._found = [products(model) for model in job.models]

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+import torch
 
 from regraft.adapters.factors import Factors
 from regraft.checkpoint import Checkpoint, TensorSource
 from regraft.checkpoint.model_class import REFUSALS, bounded, loaded_names, model_class, without_weights
 from regraft.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LINEAR, TRANSPOSED, CONVOLUTION, EMBEDDING, OTHER = "linear", "transposed", "convolution", "embedding", "other"
 
@@ -98,7 +101,7 @@ class Skeleton:
         self.class_name = name
         self.modules = [path for path, _ in model.named_modules() if path]
         self.tied = _tied(model)
-        lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        lists = [path for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
         self._layers = [path for path in self.modules if any(path.startswith(f"{one}.") for one in lists)]
         kinds = _kinds(model)
         self.parameters: dict[str, Parameter] = {}
@@ -166,17 +169,17 @@ def _kinds(model: Any) -> dict[str, str]:
     kinds: dict[str, str] = {}
     inside: list[str] = []  # its parts are used without being called, so that an adapter on them would do nothing
     for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, torch.nn.MultiheadAttention):
             inside.append(f"{path}.")
         elif any(path.startswith(prefix) for prefix in inside):
             continue
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, torch.nn.Linear):
             kinds[path] = LINEAR
         elif isinstance(module, Conv1D):
             kinds[path] = TRANSPOSED
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, torch.nn.Embedding):
             kinds[path] = EMBEDDING
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
+        elif isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and module.groups == 1:
             kinds[path] = CONVOLUTION
     return kinds
 

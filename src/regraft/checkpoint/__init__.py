@@ -9,18 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from regraft.checkpoint.dtypes import DTYPES
     from regraft.checkpoint.json_file import read_json
     from regraft.checkpoint.model import Checkpoint, open_checkpoint
     from regraft.checkpoint.paths import Ref, parse_ref
     from regraft.checkpoint.pickle_file import read_pickle
     from regraft.checkpoint.safetensors_file import read_safetensors
-    from regraft.checkpoint.tensor import BLOCK, DTYPES, MemoryTensor, TensorSource, nbytes, numel
+    from regraft.checkpoint.tensor import BLOCK, MemoryTensor, TensorSource, nbytes, numel
     from regraft.checkpoint.writer import ModelWriter, TensorSpec, size_on_disk
 
 _HOME = {
     "BLOCK": "tensor",
     "Checkpoint": "model",
-    "DTYPES": "tensor",
+    "DTYPES": "dtypes",
     "MemoryTensor": "tensor",
     "ModelWriter": "writer",
     "Ref": "paths",

@@ -16,12 +16,13 @@ from pathlib import Path
 from regraft.checkpoint.delta_record import FILES, Delta, TensorRecord, content_digest
 from regraft.checkpoint.delta_sketch import distance_to_own, is_own
 from regraft.checkpoint.delta_tensor import DeltaTensor, Parts, whole
+from regraft.checkpoint.dtypes import main_dtype, torch_name
 from regraft.checkpoint.lora import Renamed
 from regraft.checkpoint.model import AppliedDelta, Checkpoint, open_shell
 from regraft.checkpoint.paths import inside
 from regraft.checkpoint.shards import TensorSpec, size_on_disk
 from regraft.checkpoint.sidecars import changed_config
-from regraft.checkpoint.tensor import TensorSource, main_dtype, numel
+from regraft.checkpoint.tensor import TensorSource, numel, stored_dtype
 from regraft.checkpoint.weights import DELTA_RECORD, folder_weights
 from regraft.errors import UserError
 
@@ -47,7 +48,7 @@ class OpenDelta:
     @property
     def bytes(self) -> int:
         """Size of what is stored."""
-        return size_on_disk([TensorSpec(name, part.shape, part.dtype) for name, part in self.parts.items()])
+        return size_on_disk([TensorSpec(name, part.shape, stored_dtype(part)) for name, part in self.parts.items()])
 
     def on(self, base: Checkpoint, ref: str, *, scale: float = 1.0, force: bool = False) -> Checkpoint:
         """The base with the delta applied: the fine-tune, or an approximation of it.
@@ -69,7 +70,7 @@ class OpenDelta:
         folder = inside(self.path, FILES, where=self.path)
         own = open_shell(str(self.path), folder) if folder.is_dir() else None
         beside = {n: p for n, p in open_shell(str(self.path), self.path).files.items() if n != DELTA_RECORD}
-        dtype = main_dtype((source.dtype, numel(source)) for source in tensors.values())
+        dtype = torch_name(main_dtype((stored_dtype(source), numel(source)) for source in tensors.values()))
         return dataclasses.replace(
             base,
             tensors=tensors,

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from regraft.checkpoint.dtypes import DTYPES
 from regraft.checkpoint.json_file import malformed_field, read_json
 from regraft.checkpoint.licences import short_name
 from regraft.checkpoint.model import Checkpoint
 from regraft.checkpoint.paths import inside
 from regraft.checkpoint.safetensors_file import MAX_NAME
-from regraft.checkpoint.tensor import DTYPE_NAMES, DTYPES
 from regraft.checkpoint.weights import DELTA_RECORD
 from regraft.errors import UserError
 from regraft.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 FILES = "files"  # the folder of what stands beside the weights of the fine-tune, where it is not the base's
 FORMAT = 1
@@ -141,8 +143,3 @@ def content_digest(checkpoint: Checkpoint) -> str:
     if key not in _CONTENT:
         _CONTENT[key] = checkpoint.full_digest()
     return _CONTENT[key]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As safetensors headers write it."""
-    return DTYPE_NAMES[dtype]

@@ -15,7 +15,7 @@ import torch
 from regraft.checkpoint.distance import Distance, relative_distance
 from regraft.checkpoint.model import Checkpoint
 from regraft.checkpoint.shards import TensorSpec
-from regraft.checkpoint.tensor import MemoryTensor, TensorSource, numel
+from regraft.checkpoint.tensor import MemoryTensor, TensorSource, numel, stored_dtype
 
 _PIECES = 4
 _LENGTH = 64
@@ -28,7 +28,7 @@ def sketched(sources: Iterable[TensorSource]) -> list[TensorSource]:
 
 def spec(source: TensorSource) -> TensorSpec:
     """What the values are stored as."""
-    return TensorSpec(f"sketch/{source.name}", (1, min(numel(source), _PIECES * _LENGTH)), source.dtype)
+    return TensorSpec(f"sketch/{source.name}", (1, min(numel(source), _PIECES * _LENGTH)), stored_dtype(source))
 
 
 def sketch(source: TensorSource) -> torch.Tensor:

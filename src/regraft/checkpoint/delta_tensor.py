@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from regraft.checkpoint.onebit import stepped
 from regraft.checkpoint.packing import pack_mask, packed_size, unpack
 from regraft.checkpoint.tensor import BLOCK, TensorSource, numel
 from regraft.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SLICE = 64 * BLOCK  # a multiple of 8, so that slices begin at a byte of marks and signs
 Parts = Mapping[str, TensorSource]

@@ -15,8 +15,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 
 from regraft.checkpoint.paths import regular_size
 from regraft.errors import UserError
@@ -116,8 +117,8 @@ class DataFile:
         """Bytes in the file when it was opened."""
         return self._state[2]
 
-    def read(self, offset: int, nbytes: int, what: Callable[[], str]) -> torch.Tensor:
-        """Bytes `[offset, offset + nbytes)` as a fresh uint8 tensor of shape (nbytes,), aligned for every dtype.
+    def read(self, offset: int, nbytes: int, what: Callable[[], str]) -> Any:
+        """Bytes `[offset, offset + nbytes)` as a fresh uint8 array of shape (nbytes,), aligned for every dtype.
 
         Args:
             offset, nbytes: within the file as it was when it was opened.
@@ -126,13 +127,13 @@ class DataFile:
         Raises:
             UserError: RG101 if the file is gone; RG103 if it ends early or has changed since it was opened.
         """
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        buffer = np.empty(nbytes, np.uint8)
         self.read_into(buffer, offset, what)
         return buffer
 
-    def read_into(self, buffer: torch.Tensor, offset: int, what: Callable[[], str]) -> None:
-        """Fill a contiguous uint8 tensor with the bytes from `offset` on; raises as `read` does."""
-        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+    def read_into(self, buffer: Any, offset: int, what: Callable[[], str]) -> None:
+        """Fill a contiguous uint8 array with the bytes from `offset` on; raises as `read` does."""
+        view = memoryview(buffer)
         nbytes, done = len(view), 0
         try:
             descriptor = POOL.acquire(self._key, self.path)

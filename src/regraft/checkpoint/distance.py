@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-import torch
+import numpy as np
 
 from regraft.axes import Layout, layout
+from regraft.checkpoint.dtypes import as_doubles, is_float
 from regraft.checkpoint.model import Checkpoint
-from regraft.checkpoint.tensor import BLOCK, TensorSource, numel
+from regraft.checkpoint.tensor import BLOCK, TensorSource, numel, read_array, stored_dtype
 
 UNRELATED_COSINE = 0.15
 FAR_RELATIVE = 0.2
@@ -93,7 +94,7 @@ def relative_distance(base: Checkpoint, model: Checkpoint, sample: int = BLOCK) 
     skipped = 0
     for name, source in _matrices(base, mine):
         other = others.get(mine.bare(name))
-        if other is None or other.shape != source.shape or not other.dtype.is_floating_point:
+        if other is None or other.shape != source.shape or not is_float(stored_dtype(other)):
             skipped += 1
             continue
         found = _compare(source, other, sample)
@@ -136,7 +137,7 @@ def _verdict(figures: dict[str, list[tuple[float, float]]], relative: float, cos
 
 def _matrices(base: Checkpoint, own: Layout) -> Iterator[tuple[str, TensorSource]]:
     for name, source in base.tensors.items():
-        matrix = len(source.shape) >= 2 and source.dtype.is_floating_point and numel(source) >= _FEWEST
+        matrix = len(source.shape) >= 2 and is_float(stored_dtype(source)) and numel(source) >= _FEWEST
         if matrix and own.place(name).role != "buffer":
             yield name, source
 
@@ -149,12 +150,17 @@ def _group(own: Layout, name: str) -> str:
 def _compare(base: TensorSource, model: TensorSource, sample: int) -> tuple[float, float] | None:
     """(‖model - base‖ / ‖base‖, cosine) of the sampled elements; None if one is all zeros or not finite."""
     a, b = (
-        torch.cat([source.read(*span).to(torch.float64) for span in _spans(base, sample)]) for source in (base, model)
+        np.concatenate([as_doubles(read_array(one, *span), stored_dtype(one)) for span in _spans(base, sample)])
+        for one in (base, model)
     )
-    size_a, size_b = float(a.norm()), float(b.norm())
+    size_a, size_b = _norm(a), _norm(b)
     if not (0 < size_a < math.inf and 0 < size_b < math.inf):
         return None
-    return float((b - a).norm()) / size_a, float(a @ b) / (size_a * size_b)
+    return _norm(b - a) / size_a, float(a @ b) / (size_a * size_b)
+
+
+def _norm(values: np.ndarray) -> float:
+    return math.sqrt(values @ values)
 
 
 def _spans(source: TensorSource, sample: int) -> list[tuple[int, int]]:

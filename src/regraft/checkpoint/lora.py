@@ -13,12 +13,15 @@ import copy
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from regraft.checkpoint.delta_tensor import DeltaTensor
 from regraft.checkpoint.tensor import TensorSource, numel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GROUP = 1 << 16  # elements per group of rows, at least one row
 

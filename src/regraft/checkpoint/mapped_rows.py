@@ -11,12 +11,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from regraft.checkpoint.tensor import TensorSource
+from regraft.checkpoint.dtypes import array_dtype, as_array, as_tensor, dtype_name
+from regraft.checkpoint.tensor import TensorSource, stored_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What a row can be beside a row of a source: nothing, the mean of rows of several sources, the mean of all tokens.
 ZERO, MEAN, AVERAGE = -1, -2, -3
@@ -67,35 +71,35 @@ class MappedRows:
         self, name: str, sources: Sequence[TensorSource], rows: RowMap, *, axis: int, dtype: torch.dtype
     ) -> None:
         shape = sources[0].shape
-        self.name, self.dtype = name, dtype
+        self.name, self.dtype, self.stored = name, dtype, dtype_name(dtype)
         self.shape = (*shape[:axis], len(rows.origin), *shape[axis + 1 :])
         self._sources, self._map = sources, rows
         self._lengths = [source.shape[axis] for source in sources]
         self._width = _product(shape[axis + 1 :])
         self._block = len(rows.origin) * self._width  # elements for each entry of the axes before
         self._numel = _product(self.shape)
-        self._averages: dict[int, Tensor] = {}
+        self._averages: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements `[start, stop)` in row-major order; see `TensorSource.read`."""
         start, stop, _ = slice(start, stop).indices(self._numel)
-        out = torch.empty(max(stop - start, 0), dtype=self.dtype)
+        out = np.empty(max(stop - start, 0), array_dtype(self.stored))
         self.read_into(out, start)
-        return out
+        return as_tensor(out, self.stored)
 
-    def read_into(self, out: Tensor, start: int) -> None:
-        """Fill `out`, contiguous and of this dtype, with the elements from `start` on."""
-        stop = start + out.numel()
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """Fill `out`, a flat array of `array_dtype(stored)`, with the elements from `start` on."""
+        stop = start + len(out)
         while start < stop:
             outer, at = divmod(start, self._block)
             length = min(self._block - at, stop - start)
             self._fill(out[:length], outer, at)
             out, start = out[length:], start + length
 
-    def _fill(self, out: Tensor, outer: int, start: int) -> None:
+    def _fill(self, out: np.ndarray, outer: int, start: int) -> None:
         """Elements `[start, start + len(out))` of one entry of the axes before."""
-        width, stop = self._width, start + out.numel()
+        width, stop = self._width, start + len(out)
         for begin, end in self._map.runs(start // width, -(-stop // width)):
             low, high = max(begin * width, start), min(end * width, stop)
             piece = out[low - start : high - start]
@@ -103,29 +107,29 @@ class MappedRows:
             if origin >= 0:
                 self._copy(piece, origin, (outer * self._lengths[origin] + row - begin) * width + low)
             elif origin == ZERO:
-                piece.zero_()
+                piece[:] = 0
             else:  # runs of means are taken apart: there are few of them
                 for one in range(begin, end):
                     left, right = max(one * width, low), min((one + 1) * width, high)
                     mean = self._average(outer) if origin == AVERAGE else self._mean(outer, row + one - begin)
                     out[left - start : right - start] = mean[left - one * width : right - one * width]
 
-    def _copy(self, piece: Tensor, origin: int, at: int) -> None:
+    def _copy(self, piece: np.ndarray, origin: int, at: int) -> None:
         source = self._sources[origin]
         into = getattr(source, "read_into", None)
-        if into is not None and source.dtype == self.dtype:
+        if into is not None and stored_dtype(source) == self.stored:
             into(piece, at)
         else:
-            piece.copy_(source.read(at, at + piece.numel()))
+            piece[:] = as_array(source.read(at, at + len(piece)).to(self.dtype))
 
-    def _mean(self, outer: int, number: int) -> Tensor:
+    def _mean(self, outer: int, number: int) -> np.ndarray:
         rows = []
         for origin, row in self._map.means[number]:
             at = (outer * self._lengths[origin] + row) * self._width
             rows.append(self._sources[origin].read(at, at + self._width).to(torch.float64))
-        return torch.stack(rows).mean(0).to(self.dtype)
+        return as_array(torch.stack(rows).mean(0).to(self.dtype))
 
-    def _average(self, outer: int) -> Tensor:
+    def _average(self, outer: int) -> np.ndarray:
         """The mean of the rows of all tokens, added up in pieces that do not depend on what is read."""
         with self._lock:
             if outer not in self._averages:
@@ -133,10 +137,10 @@ class MappedRows:
                 step = max(_PIECE // self._width, 1)
                 for first in range(0, self._map.tokens, step):
                     rows = min(step, self._map.tokens - first)
-                    piece = torch.empty(rows * self._width, dtype=self.dtype)
+                    piece = np.empty(rows * self._width, array_dtype(self.stored))
                     self._fill(piece, outer, first * self._width)
-                    total += piece.view(rows, self._width).to(torch.float64).sum(0)
-                self._averages[outer] = (total / self._map.tokens).to(self.dtype)
+                    total += as_tensor(piece, self.stored).view(rows, self._width).to(torch.float64).sum(0)
+                self._averages[outer] = as_array((total / self._map.tokens).to(self.dtype))
             return self._averages[outer]
 
     def __repr__(self) -> str:

@@ -17,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
+from regraft.checkpoint.dtypes import is_float, item_size, torch_name
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.paths import (
     Ref,
@@ -31,7 +32,7 @@ from regraft.checkpoint.paths import (
     parse_ref,
     shown,
 )
-from regraft.checkpoint.tensor import TensorSource, nbytes, numel
+from regraft.checkpoint.tensor import TensorSource, nbytes, numel, read_array, stored_dtype
 from regraft.checkpoint.weights import (
     Weights,
     file_weights,
@@ -123,7 +124,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Elements of all stored floating-point tensors; tied ones count once, integer buffers do not."""
-        return sum(numel(t) for t in self.tensors.values() if t.dtype.is_floating_point)
+        return sum(numel(t) for t in self.tensors.values() if is_float(stored_dtype(t)))
 
     def source(self, name: str) -> TensorSource:
         """The tensor of this name or alias; KeyError if there is none."""
@@ -134,9 +135,9 @@ class Checkpoint:
         a, b = self.source(one), self.source(other)
         if a is b:
             return True
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
+        if (a.shape, stored_dtype(a)) != (b.shape, stored_dtype(b)):
             return False
-        return all(torch.equal(x, y) for x, y in zip(_pieces(a), _pieces(b), strict=True))
+        return all(np.array_equal(x, y) for x, y in zip(_pieces(a), _pieces(b), strict=True))
 
     def digest(self) -> str:
         """A key for caches, 64 hexadecimal digits, for a few small reads per tensor.
@@ -154,11 +155,11 @@ class Checkpoint:
         sha = hashlib.sha256(_canonical(["regraft-digest-1", self.config, self.aliases, self.adapters, self.stamps]))
         for name, source in self.tensors.items():
             sha.update(_title(name, source))
-            count, size = numel(source), source.dtype.itemsize
+            count, size = numel(source), item_size(stored_dtype(source))
             block, edge = _SAMPLE_BYTES // size, _EDGE_BYTES // size
             place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") % max(count - block, 1)
             for start, stop in ((0, edge), (place, place + block), (max(count - edge, 0), count)):
-                sha.update(_raw(source.read(start, min(stop, count))))
+                sha.update(read_array(source, start, min(stop, count)).view(np.uint8).data)
         return sha.hexdigest()
 
     def full_digest(self) -> str:
@@ -173,7 +174,7 @@ class Checkpoint:
         for name in sorted(self.tensors):
             sha.update(_title(name, self.tensors[name]))
             for piece in _pieces(self.tensors[name]):
-                sha.update(_raw(piece))
+                sha.update(piece.data)
         return sha.hexdigest()
 
 
@@ -337,19 +338,15 @@ def _stamps(folder: Path, weights: Weights, files: Mapping[str, Path]) -> tuple[
     return tuple(stamps)
 
 
-def _pieces(source: TensorSource) -> Iterator[torch.Tensor]:
-    """The bytes of a tensor in slices of 16 MiB, each a uint8 tensor."""
-    step = _PIECE // source.dtype.itemsize
+def _pieces(source: TensorSource) -> Iterator[np.ndarray]:
+    """The bytes of a tensor in slices of 16 MiB, each a uint8 array."""
+    step = _PIECE // item_size(stored_dtype(source))
     for start in range(0, numel(source), step):
-        yield source.read(start, start + step).view(torch.uint8)
-
-
-def _raw(piece: torch.Tensor) -> memoryview:
-    return piece.view(torch.uint8).numpy().data
+        yield read_array(source, start, start + step).view(np.uint8)
 
 
 def _title(name: str, source: TensorSource) -> bytes:
-    return _canonical([name, str(source.dtype), list(source.shape)])
+    return _canonical([name, f"torch.{torch_name(stored_dtype(source))}", list(source.shape)])
 
 
 def _canonical(value: Any) -> bytes:

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from regraft.checkpoint.dtypes import is_storable
 from regraft.checkpoint.paths import head, shown
 from regraft.checkpoint.pickle_check import NotAllowed, check_pickles
 from regraft.checkpoint.safetensors_file import MAX_NAME
-from regraft.checkpoint.tensor import DTYPE_NAMES, TensorSource
+from regraft.checkpoint.tensor import TensorSource
 from regraft.errors import UserError
 
 # Where training scripts keep the weights beside an optimiser's state.
@@ -167,7 +168,7 @@ def _check(name: str, tensor: torch.Tensor, path: Path, size: int) -> None:
         what = f"tensor {shown(name, 40)} has a name that cannot be stored"
         raise UserError("RG111", what, where=str(path), fix="rename it and save the state dict again")
     kind = ""
-    if tensor.is_quantized or tensor.dtype not in DTYPE_NAMES:
+    if tensor.is_quantized or not is_storable(tensor.dtype):
         kind = f"the dtype {tensor.dtype}"
     elif tensor.layout != torch.strided or tensor.is_nested:
         kind = "a sparse or nested layout"

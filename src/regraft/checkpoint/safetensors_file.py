@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from regraft.checkpoint.descriptors import DataFile
+from regraft.checkpoint.dtypes import DTYPES, array_dtype, as_tensor, item_size
 from regraft.checkpoint.json_file import parse_json
 from regraft.checkpoint.paths import head, shown
-from regraft.checkpoint.tensor import DTYPES, TensorSource
+from regraft.checkpoint.tensor import TensorSource
 from regraft.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_NAME = 1000  # characters; paths of parameters have some dozens, and are taken apart by patterns later
@@ -36,12 +40,16 @@ _MISTAKEN = {
 class FileTensor:
     """One tensor of a safetensors file: a range of bytes that is read in slices, by any number of threads."""
 
-    __slots__ = ("_begin", "_file", "_numel", "dtype", "name", "shape")
+    __slots__ = ("_begin", "_file", "_numel", "name", "shape", "stored")
 
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, file: DataFile, begin: int) -> None:
-        self.name, self.shape, self.dtype = name, shape, dtype
+    def __init__(self, name: str, shape: tuple[int, ...], stored: str, file: DataFile, begin: int) -> None:
+        self.name, self.shape, self.stored = name, shape, stored
         self._file, self._begin = file, begin
         self._numel = _product(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.stored]
 
     @property
     def path(self) -> Path:
@@ -55,23 +63,26 @@ class FileTensor:
             UserError: RG101 or RG103 if the file has gone or changed since it was opened.
         """
         start, stop, _ = slice(start, stop).indices(self._numel)
-        size = self.dtype.itemsize
+        size = item_size(self.stored)
         nbytes = max(stop - start, 0) * size
-        return self._file.read(self._begin + start * size, nbytes, self._what).view(self.dtype)
+        values = self._file.read(self._begin + start * size, nbytes, self._what)
+        return as_tensor(values.view(array_dtype(self.stored)), self.stored)
 
-    def read_into(self, out: torch.Tensor, start: int) -> None:
-        """Fill `out`, contiguous and of this dtype, with the elements from `start` on; all of them must exist.
+    def read_into(self, out: Any, start: int) -> None:
+        """Fill `out`, a flat and contiguous array of `array_dtype(stored)`, with the elements from `start` on.
+
+        All of them must exist.
 
         Raises:
             UserError: as `read`.
         """
-        self._file.read_into(out.view(torch.uint8), self._begin + start * self.dtype.itemsize, self._what)
+        self._file.read_into(out.view(np.uint8), self._begin + start * item_size(self.stored), self._what)
 
     def _what(self) -> str:
         return f"tensor {shown(self.name)}"
 
     def __repr__(self) -> str:
-        return f"FileTensor({self.name!r}, {self.shape}, {self.dtype})"
+        return f"FileTensor({self.name!r}, {self.shape}, {self.stored})"
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, TensorSource], dict[str, str]]:
@@ -90,7 +101,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, TensorSource], dict[str, str
         raise _damaged(path, f"its header claims {begin - 8} bytes, more than the {MAX_HEADER} that the format allows")
     if begin > file.size:
         raise _damaged(path, f"its header claims {begin - 8} bytes but the file has {file.size}")
-    header = _parse(path, file.read(8, begin - 8, lambda: "the header").numpy().tobytes())
+    header = _parse(path, file.read(8, begin - 8, lambda: "the header").tobytes())
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "its __metadata__ is no mapping of texts")
@@ -102,7 +113,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, TensorSource], dict[str, str
     return tensors, metadata
 
 
-_Entry = tuple[int, int, str, tuple[int, ...], torch.dtype]
+_Entry = tuple[int, int, str, tuple[int, ...], str]
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -152,7 +163,7 @@ def _entry(path: Path, name: str, given: Any) -> _Entry:
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(path, f"{where} has the data_offsets {shown(offsets)}")
     count = _product(shape)
-    size = DTYPES[dtype].itemsize
+    size = item_size(dtype)
     if count < 0 or count * size > _MAX_BYTES:
         raise _damaged(path, f"{where} has the shape {shown(shape)}, which no file can hold")
     if count * size != offsets[1] - offsets[0]:
@@ -160,7 +171,7 @@ def _entry(path: Path, name: str, given: Any) -> _Entry:
             f"{where} has {offsets[1] - offsets[0]} bytes where {count * size} follow from {dtype} and {shown(shape)}"
         )
         raise _damaged(path, what)
-    return offsets[0], offsets[1], name, tuple(shape), DTYPES[dtype]
+    return offsets[0], offsets[1], name, tuple(shape), dtype
 
 
 def _sizes(values: Any) -> bool:

@@ -14,10 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from regraft.checkpoint.dtypes import DTYPES, item_size
 from regraft.checkpoint.open_files import ALIGNMENT, WORTHWHILE
-from regraft.checkpoint.tensor import DTYPE_NAMES
 
 SHARD_BYTES = 5 * 10**9
 INDEX_NAME = "model.safetensors.index.json"
@@ -25,11 +23,11 @@ INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What is known of an output tensor before it is computed."""
+    """What is known of an output tensor before it is computed; `dtype` by its name in safetensors, such as "BF16"."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
 
     @property
     def numel(self) -> int:
@@ -37,7 +35,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * item_size(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def _check(specs: Sequence[TensorSpec], shard_bytes: int) -> None:
         seen.add(spec.name)
         if min(spec.shape, default=0) < 0:
             raise ValueError(f"tensor {spec.name!r} has the shape {spec.shape}")
-        if spec.dtype not in DTYPE_NAMES:
+        if spec.dtype not in DTYPES:
             raise ValueError(f"tensor {spec.name!r} has the dtype {spec.dtype}, which safetensors cannot hold")
 
 
@@ -115,10 +113,10 @@ def _shard(file: str, specs: Sequence[TensorSpec]) -> Shard:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins: dict[str, int] = {}
     end = 0
-    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+    for spec in sorted(specs, key=lambda spec: -item_size(spec.dtype)):
         begins[spec.name], end = end, end + spec.nbytes
         entries[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
+            "dtype": spec.dtype,
             "shape": list(spec.shape),
             "data_offsets": [begins[spec.name], end],
         }

@@ -18,8 +18,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.licences import LICENCE_FILES, short_name
 from regraft.checkpoint.paths import head, inside
@@ -55,7 +53,7 @@ def copy_sidecars(
     config_from: Checkpoint,
     tokenizer_from: Checkpoint,
     config_changes: Mapping[str, Any],
-    dtype: torch.dtype,
+    dtype: str,
     generation_from: Checkpoint | None = None,
     chat_template: str | None = None,
     tokenizer_json: str | None = None,
@@ -69,7 +67,7 @@ def copy_sidecars(
         config_from: the model whose config, processors and sentence-transformers modules are taken.
         tokenizer_from: the model whose tokenizer and chat template are taken.
         config_changes: values by key; a dotted key (`text_config.num_hidden_layers`) reaches into a nested config.
-        dtype: what the weights are stored as.
+        dtype: what the weights are stored as, in torch's words.
         generation_from: the model whose generation config is taken, `config_from` if None.
         chat_template: Jinja text that replaces the tokenizer's template.
         tokenizer_json: text that replaces that file; then no other file with a vocabulary is taken.
@@ -147,20 +145,19 @@ def sidecar_files(
     return found
 
 
-def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A copy of `config` with `changes`, the dtype as transformers 5 writes it, and nothing that no longer holds.
 
     Raises:
         KeyError: a dotted key reaches into a nested config that is not there.
     """
     new: dict[str, Any] = json.loads(json.dumps(config))
-    name = str(dtype).removeprefix("torch.")
     for part in _configs(new):
         if "dtype" in part or "torch_dtype" in part:
-            part["dtype"] = name
+            part["dtype"] = dtype
         for key in _STALE:
             part.pop(key, None)
-    new["dtype"] = name
+    new["dtype"] = dtype
     for key, value in changes.items():
         *outer, last = key.split(".")
         part = new

@@ -8,36 +8,26 @@ file offers without seeking.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
+import numpy as np
 
-# Names as they stand in safetensors headers.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+from regraft.checkpoint.dtypes import DTYPES, array_dtype, as_array, as_tensor, dtype_name, item_size
+
+if TYPE_CHECKING:
+    import torch
 
 
 @runtime_checkable
 class TensorSource(Protocol):
-    """One tensor that can be read in slices. Implementations are thread-safe."""
+    """One tensor that can be read in slices. Implementations are thread-safe.
+
+    A source may know its dtype without torch, as `stored` (see `stored_dtype`), and may fill memory that it is given:
+    `read_into(out, start)` with a flat array of `array_dtype(stored)`.
+    """
 
     @property
     def name(self) -> str: ...
@@ -84,6 +74,24 @@ class MemoryTensor:
         return self._flat[start:stop]
 
 
+class StoredTensor:
+    """A tensor that is in memory as an array of `array_dtype(stored)`, behind the same contract."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], stored: str, values: np.ndarray) -> None:
+        self.name, self.shape, self.stored = name, shape, stored
+        self._flat = values.reshape(-1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.stored]
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return as_tensor(self._flat[start:stop], self.stored)
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        out[:] = self._flat[start : start + len(out)]
+
+
 def numel(source: TensorSource) -> int:
     """Number of elements of a source."""
     n = 1
@@ -92,18 +100,41 @@ def numel(source: TensorSource) -> int:
     return n
 
 
+def stored_dtype(source: TensorSource) -> str:
+    """The dtype of a source by its name in safetensors."""
+    return getattr(source, "stored", None) or dtype_name(source.dtype)
+
+
+def read_array(source: TensorSource, start: int = 0, stop: int | None = None) -> Any:
+    """What `source.read` gives, as an array of `array_dtype(stored_dtype(source))`; without torch if it is a file's."""
+    into = getattr(source, "read_into", None)
+    if into is None:
+        return as_array(source.read(start, stop))
+    start, stop, _ = slice(start, stop).indices(numel(source))
+    values = np.empty(max(stop - start, 0), array_dtype(stored_dtype(source)))
+    into(values, start)
+    return values
+
+
 def nbytes(source: TensorSource) -> int:
     """Size of a source in bytes."""
-    return numel(source) * source.dtype.itemsize
+    return numel(source) * item_size(stored_dtype(source))
 
 
-def main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
-    """The dtype of most of the weights, from dtype and number of elements of each tensor; integers do not count."""
-    total: dict[torch.dtype, int] = {}
-    for dtype, count in sizes:
-        if dtype.is_floating_point:
-            total[dtype] = total.get(dtype, 0) + count
-    return max(total, key=lambda dtype: total[dtype]) if total else torch.float32
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """The same slice of several tensors of one dtype, as it is stored: `array` is (n, L) of `array_dtype(dtype)`."""
+
+    array: Any
+    dtype: str
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @cached_property
+    def tensor(self) -> torch.Tensor:
+        """The same memory as a tensor, (n, L)."""
+        return as_tensor(self.array, self.dtype)
 
 
 class Scratch(threading.local):
@@ -113,32 +144,32 @@ class Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory: Any = np.empty(0, np.uint8)
 
-    def rows(self, n: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised (n, length); what was given out before is overwritten."""
-        nbytes = n * length * dtype.itemsize
-        if self._memory.numel() < nbytes:
-            self._memory = torch.empty(nbytes, dtype=torch.uint8)
-        return self._memory[:nbytes].view(dtype).view(n, length)
+    def rows(self, n: int, length: int, dtype: str) -> Any:
+        """Uninitialised (n, length) of `array_dtype(dtype)`; what was given out before is overwritten."""
+        nbytes = n * length * item_size(dtype)
+        if len(self._memory) < nbytes:
+            self._memory = np.empty(nbytes, np.uint8)
+        return self._memory[:nbytes].view(array_dtype(dtype)).reshape(n, length)
 
 
 def read_rows(
     sources: Sequence[TensorSource], start: int, stop: int, scratch: Scratch | None = None
-) -> torch.Tensor | list[torch.Tensor]:
-    """Elements `[start, stop)` of several sources: one tensor (n, L) if they have one dtype, else a row for each.
+) -> StoredRows | list[torch.Tensor]:
+    """Elements `[start, stop)` of several sources: in one piece if they have one dtype, else a tensor for each.
 
-    With a `scratch` the tensor is valid until its next use by this thread.
+    With a `scratch` the memory is valid until its next use by this thread.
     """
-    first = sources[0].dtype
-    if any(source.dtype != first for source in sources):
+    dtype = stored_dtype(sources[0])
+    if any(stored_dtype(source) != dtype for source in sources):
         return [source.read(start, stop) for source in sources]
     n, length = len(sources), stop - start
-    rows = scratch.rows(n, length, first) if scratch is not None else torch.empty((n, length), dtype=first)
+    rows = scratch.rows(n, length, dtype) if scratch is not None else np.empty((n, length), array_dtype(dtype))
     for row, source in zip(rows, sources, strict=True):
         into = getattr(source, "read_into", None)  # files can do without a copy
         if into is not None:
             into(row, start)
         else:
-            row.copy_(source.read(start, stop))
-    return rows
+            row[:] = as_array(source.read(start, stop))
+    return StoredRows(rows, dtype)

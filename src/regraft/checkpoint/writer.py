@@ -21,10 +21,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from stat import S_ISREG
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
+from regraft.checkpoint.dtypes import array_dtype, as_array, dtype_name, item_size
 from regraft.checkpoint.flush import Flusher
 from regraft.checkpoint.interrupted import kept, may_pass
 from regraft.checkpoint.journal import FILE_NAME as JOURNAL
@@ -41,6 +42,9 @@ from regraft.checkpoint.shards import (
     layout_digest,
     size_on_disk,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ModelWriter", "TensorSpec", "size_on_disk"]
 
@@ -161,13 +165,13 @@ class ModelWriter:
         self._journal, self.finished = journal, journal.finished
         return True
 
-    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+    def write(self, name: str, start: int, values: torch.Tensor | np.ndarray) -> None:
         """Store elements `[start, start + len(values))` of a tensor. Thread-safe; ranges may come in any order.
 
         Args:
             name: a tensor of `specs`.
             start: first element, in row-major order.
-            values: 1-D CPU tensor of exactly the dtype of the spec.
+            values: 1-D CPU tensor of exactly the dtype of the spec, or an array of its `array_dtype`.
 
         Raises:
             ValueError: unknown name, other dtype, not flat, not on the CPU, outside the tensor.
@@ -177,17 +181,15 @@ class ModelWriter:
         spec = self._specs.get(name)
         if spec is None:
             raise ValueError(f"{name!r} is no tensor of this model")
-        if values.dtype != spec.dtype or values.dim() != 1 or values.device.type != "cpu":
-            got = f"{values.dtype} of {values.dim()} dimensions on {values.device}"
-            raise ValueError(f"{name}: a flat {spec.dtype} tensor on the CPU is needed, not {got}")
-        stop = start + values.numel()
+        array = _flat(values, spec)
+        stop = start + len(array)
         if start < 0 or stop > spec.numel:
             raise ValueError(f"{name}: elements [{start}, {stop}) lie outside its {spec.numel}")
         if not self._folder.active:
             raise RuntimeError("the writer is not open")
         path, offset = self._place[name]
-        data = memoryview(values.detach().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
-        at = offset + start * spec.dtype.itemsize
+        data = array.view(np.uint8).data
+        at = offset + start * item_size(spec.dtype)
         try:
             self._files.write(path, data, at)
         except OSError as error:
@@ -250,6 +252,19 @@ class ModelWriter:
         """The sentence for a write or a sync that failed, after which nothing on that disk is relied on."""
         self._damaged = True
         return explained(error, self.out)
+
+
+def _flat(values: torch.Tensor | np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """The values as an array of the spec's `array_dtype`; ValueError for what cannot be written as it is."""
+    if isinstance(values, np.ndarray):
+        if values.dtype == array_dtype(spec.dtype) and values.ndim == 1:
+            return np.ascontiguousarray(values)
+        got = f"an array of {values.dtype} of {values.ndim} dimensions"
+    else:
+        if values.device.type == "cpu" and values.dim() == 1 and dtype_name(values.dtype) == spec.dtype:
+            return as_array(values)
+        got = f"{values.dtype} of {values.dim()} dimensions on {values.device}"
+    raise ValueError(f"{spec.name}: flat values of {spec.dtype} on the CPU are needed, not {got}")
 
 
 def _as_laid_out(path: Path, shard: Shard) -> bool:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 _COLLECT_EVERY = 200_000  # objects; importing torch makes as many, and hardly any of them is garbage
 
@@ -53,3 +58,59 @@ def without_blas() -> None:
         import numba.np.arraymath  # noqa: F401
     finally:
         del sys.modules["scipy.linalg"]
+
+
+def import_later(name: str) -> None:
+    """Have `import name` cost nothing until something of the module is asked for, by whichever thread.
+
+    Nothing is done if it is imported already or not installed. importlib's own LazyLoader does not let other threads
+    wait for the one that imports (before Python 3.12).
+    """
+    if name in sys.modules or (spec := importlib.util.find_spec(name)) is None:
+        return
+    _LOADING[name] = _Loading(spec)
+    sys.modules[name] = _Later(name)
+    vars(sys.modules[name]).update(__spec__=spec, __loader__=spec.loader, __file__=spec.origin)
+
+
+class _Loading:
+    """The one import of a module: the thread that does it sees the module as it is by then, others when it is whole."""
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        self._spec = spec
+        self._lock = threading.RLock()
+        self._begun = False
+
+    def load(self, module: ModuleType) -> None:
+        with self._lock:
+            if self._begun:
+                return
+            self._begun = True
+            try:
+                vars(module).update(vars(importlib.util.module_from_spec(self._spec)))
+                assert self._spec.loader is not None
+                self._spec.loader.exec_module(module)
+            except BaseException:
+                self._begun = False
+                raise
+            if type(module) is _Later:
+                module.__class__ = ModuleType  # type: ignore[assignment]
+
+
+_LOADING: dict[str, _Loading] = {}
+# What is looked at, of all modules, by those who want nothing of this one.
+_TOLD_AT_ONCE = ("__class__", "__dict__", "__file__", "__loader__", "__name__", "__spec__")
+
+
+class _Later(ModuleType):
+    """Stands for a module, and becomes it when something of it is asked for."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in _TOLD_AT_ONCE:
+            _LOADING[ModuleType.__getattribute__(self, "__name__")].load(self)
+        return ModuleType.__getattribute__(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "__class__":
+            _LOADING[self.__name__].load(self)
+        ModuleType.__setattr__(self, name, value)

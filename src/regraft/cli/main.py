@@ -20,7 +20,7 @@ from regraft.cli.delta import delta
 from regraft.cli.extract_lora import extract_lora
 from regraft.cli.flips import flips
 from regraft.cli.inspect import inspect
-from regraft.cli.lean import collect_seldom, leave_at_once
+from regraft.cli.lean import collect_seldom, import_later, leave_at_once
 from regraft.cli.making import compress, export, train
 from regraft.cli.merge import merge
 from regraft.cli.methods import methods
@@ -103,6 +103,7 @@ def main() -> None:
 def process() -> None:
     """`main` for a process that has nothing else to do afterwards: it ends at once."""
     collect_seldom()
+    import_later("torch")
     leave_with = leave_at_once()
     try:
         main()

@@ -14,11 +14,12 @@ from regraft.checkpoint import Checkpoint, ModelWriter, TensorSource, TensorSpec
 from regraft.checkpoint.delta import OpenDelta, check_bases, open_delta
 from regraft.checkpoint.delta_record import content_digest
 from regraft.checkpoint.delta_tensor import DeltaTensor, arithmetic, slices
+from regraft.checkpoint.dtypes import is_float, main_dtype, torch_name
 from regraft.checkpoint.licences import short_name
 from regraft.checkpoint.lineage import InputRecord, Lineage, Output
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
 from regraft.checkpoint.surroundings import done_before, run_key, surroundings
-from regraft.checkpoint.tensor import main_dtype
+from regraft.checkpoint.tensor import stored_dtype
 from regraft.checkpoint.writer import size_on_disk
 from regraft.deltas.card import write_model_card
 from regraft.deltas.work import Work, check_output, each
@@ -57,7 +58,7 @@ def apply(
     record = delta.record
     remarks = check_bases([model], force=force)
     sources = model.tensors
-    specs = [TensorSpec(name, source.shape, source.dtype) for name, source in sources.items()]
+    specs = [TensorSpec(name, source.shape, stored_dtype(source)) for name, source in sources.items()]
     parent = InputRecord.of(base, short_name(base), role="base", digest=content_digest(base), digest_kind="content")
     settings: dict[str, Any] = {"scale": scale, "kind": record.kind, "model": record.model.model_dump(mode="json")}
     settings["delta"] = delta.digest
@@ -69,14 +70,14 @@ def apply(
             warnings.warn(told, UserWarningMessage, stacklevel=2)
         work = Work(sum(spec.numel for spec in specs), on_progress)
         each(partial(_write, writer, work, scale), sources.values())
-        dtype = main_dtype((spec.dtype, spec.numel) for spec in specs)
+        dtype = torch_name(main_dtype((spec.dtype, spec.numel) for spec in specs))
         copy_sidecars(writer.staging, config_from=model, tokenizer_from=model, config_changes={}, dtype=dtype)
         copy_licences(writer.staging, [model])
         lineage.output = Output(
             tensors=len(specs),
-            parameters=sum(spec.numel for spec in specs if spec.dtype.is_floating_point),
+            parameters=sum(spec.numel for spec in specs if is_float(spec.dtype)),
             bytes=size_on_disk(specs),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype,
         )
         lineage.licence = record.licence
         lineage.finish()

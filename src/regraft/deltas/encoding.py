@@ -18,8 +18,10 @@ from torch import Tensor
 from regraft.checkpoint import TensorSource, TensorSpec
 from regraft.checkpoint.delta_record import Encoding
 from regraft.checkpoint.delta_tensor import added, arithmetic, slices
+from regraft.checkpoint.dtypes import dtype_name
 from regraft.checkpoint.onebit import rises, stepped
 from regraft.checkpoint.packing import pack, packed_size
+from regraft.checkpoint.tensor import stored_dtype
 from regraft.merge.rule import Chunk, TensorInfo
 from regraft.merge.selection import OrderStatistic, task_vectors
 from regraft.methods import Options
@@ -46,7 +48,7 @@ class Dense:
     def __init__(self, name: str, model: TensorSource, odd: int) -> None:
         self.name, self._dtype, self._odd = name, model.dtype, odd
         self._filled = 0
-        self.specs = [TensorSpec(f"delta/{name}", model.shape, model.dtype)]
+        self.specs = [TensorSpec(f"delta/{name}", model.shape, stored_dtype(model))]
         if odd:
             self.specs += _marked(name, model, odd)
 
@@ -95,8 +97,8 @@ class Bits:
         self._scale = torch.tensor([scale], dtype=torch.float32)
         numel = TensorInfo(name, model.shape).numel
         self.specs = [
-            TensorSpec(f"signs/{name}", (packed_size(numel),), torch.uint8),
-            TensorSpec(f"scale/{name}", (1,), torch.float32),
+            TensorSpec(f"signs/{name}", (packed_size(numel),), "U8"),
+            TensorSpec(f"scale/{name}", (1,), "F32"),
         ]
 
     def write(self, write: Write, start: int, base: Tensor, model: Tensor, delta: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ class Whole:
     encoding: Encoding = "whole"
 
     def __init__(self, name: str, model: TensorSource) -> None:
-        self.specs = [TensorSpec(f"whole/{name}", model.shape, model.dtype)]
+        self.specs = [TensorSpec(f"whole/{name}", model.shape, stored_dtype(model))]
 
 
 Encoder = Dense | SparseDelta | Bits
@@ -129,7 +131,7 @@ def largest(name: str, base: TensorSource, model: TensorSource, kept: int) -> tu
     while not done:
         for start, stop in slices(info.numel):
             rows = [model.read(start, stop), base.read(start, stop)]
-            dtype = arithmetic(model.dtype, base.dtype)
+            dtype = dtype_name(arithmetic(model.dtype, base.dtype))
             found.observe(Chunk[Any](info, Options(), start, rows, True, dtype))
         done = found.finish()
     return float(found.result[0, 0]), info.numel - int(found.upto[0, 0])
@@ -138,8 +140,8 @@ def largest(name: str, base: TensorSource, model: TensorSource, kept: int) -> tu
 def _marked(name: str, model: TensorSource, count: int) -> list[TensorSpec]:
     numel = TensorInfo(name, model.shape).numel
     return [
-        TensorSpec(f"marks/{name}", (packed_size(numel),), torch.uint8),
-        TensorSpec(f"values/{name}", (count,), model.dtype),
+        TensorSpec(f"marks/{name}", (packed_size(numel),), "U8"),
+        TensorSpec(f"values/{name}", (count,), stored_dtype(model)),
     ]
 
 

@@ -25,18 +25,18 @@ from regraft.checkpoint.delta_record import (
     Parent,
     TensorRecord,
     content_digest,
-    dtype_name,
 )
 from regraft.checkpoint.delta_sketch import sketch, sketched
 from regraft.checkpoint.delta_sketch import spec as sketch_spec
 from regraft.checkpoint.delta_tensor import added, arithmetic, slices
+from regraft.checkpoint.dtypes import main_dtype, torch_name
 from regraft.checkpoint.job_folder import JobFolder
 from regraft.checkpoint.licences import combine
 from regraft.checkpoint.onebit import takes_bits
 from regraft.checkpoint.output import remove
 from regraft.checkpoint.sidecars import changed_config, copy_licences, copy_sidecars
 from regraft.checkpoint.surroundings import settle_up_to_date, surroundings
-from regraft.checkpoint.tensor import main_dtype
+from regraft.checkpoint.tensor import stored_dtype
 from regraft.checkpoint.weights import is_delta
 from regraft.deltas.card import write_delta_card
 from regraft.deltas.encoding import Bits, Dense, Encoder, SparseDelta, Whole, largest, rounded, same_bits
@@ -231,7 +231,7 @@ def _store(pair: Pair, encoder: Encoder | Whole | None, writer: ModelWriter) -> 
 def _record(pair: Pair, measured: dict[str, Any]) -> TensorRecord:
     return TensorRecord(
         shape=list(pair.model.shape),
-        dtype=dtype_name(pair.model.dtype),
+        dtype=stored_dtype(pair.model),
         encoding=measured["encoding"],
         relative_error=_ratio(measured["error"], measured["size"] or 0.0),
         exact=measured["exact"] / numel(pair.model) if numel(pair.model) else 1.0,
@@ -297,7 +297,7 @@ def _keep_files(folder: Path, model: Checkpoint, base: Checkpoint) -> list[str]:
     """Write what stands beside the model's weights and is not the base's; return the names of what is."""
     remove(folder)  # of a run that died
     folder.mkdir()
-    dtype = main_dtype((source.dtype, numel(source)) for source in model.tensors.values())
+    dtype = torch_name(main_dtype((stored_dtype(source), numel(source)) for source in model.tensors.values()))
     names = copy_sidecars(folder, config_from=model, tokenizer_from=model, config_changes={}, dtype=dtype)
     shared = []
     for name in names:

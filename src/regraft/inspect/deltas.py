@@ -241,7 +241,7 @@ class _Pass:
             for start in range(0, job.elements, _CHUNK):
                 stop = min(start + _CHUNK, job.elements)
                 rows = read_rows([*job.models, job.base], start, stop)
-                chunk: Chunk[Any] = Chunk(job.info, Options(), start, rows, True, torch.float32)
+                chunk: Chunk[Any] = Chunk(job.info, Options(), start, rows, True, "F32")
                 for statistic in (gram, sums):
                     statistic.observe(chunk)
                 counts = counts + _counts(chunk.deltas)
@@ -251,7 +251,8 @@ class _Pass:
                 self._advance(stop - start)
             for statistic in (gram, sums):
                 statistic.finish()
-        found = _Sums(job.elements, gram.result, sums.result, torch.as_tensor(counts))
+        numbers = (torch.as_tensor(values) for values in (gram.result, sums.result, counts))
+        found = _Sums(job.elements, *numbers)
         with self._lock:
             for key in {("", None), (job.info.stack if job.info.layer is not None else "", job.info.layer)}:
                 before = self.histograms.get(key)

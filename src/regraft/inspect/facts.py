@@ -17,7 +17,7 @@ from regraft.checkpoint import Checkpoint, nbytes, open_checkpoint, read_json
 from regraft.checkpoint.delta_record import Delta
 from regraft.checkpoint.model import open_shell
 from regraft.checkpoint.paths import located
-from regraft.checkpoint.tensor import DTYPE_NAMES, numel
+from regraft.checkpoint.tensor import numel, stored_dtype
 from regraft.checkpoint.weights import ADAPTER_CONFIG, is_delta
 from regraft.errors import UserError
 from regraft.inspect.architecture import Architecture, architecture, counts
@@ -179,7 +179,7 @@ def _size(checkpoint: Checkpoint, own: Layout) -> Size:
     parameters, embeddings, heads = counts(checkpoint, own)
     dtypes: dict[str, int] = {}
     for source in checkpoint.tensors.values():
-        name = DTYPE_NAMES.get(source.dtype, str(source.dtype))
+        name = stored_dtype(source)
         dtypes[name] = dtypes.get(name, 0) + numel(source)
     disk = 0
     for stamp in checkpoint.stamps:

@@ -6,17 +6,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from regraft.merge.kernels import added, changed, count_zeros, elect, mixture, numbers, weighted_sum, winners
-from regraft.merge.rule import Chunk, PerModel
+from regraft.merge.kernels import (
+    Values,
+    added,
+    changed,
+    count_zeros,
+    elect,
+    mixture,
+    models_sum,
+    numbers,
+    weighted_sum,
+    winners,
+)
+from regraft.merge.rule import Chunk, Combine, PerModel
 from regraft.merge.sparsify import Sparse
 from regraft.methods import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "ABOUT_ZERO",
@@ -58,7 +71,7 @@ def elected(deltas: Tensor, weights: Sequence[float], normalize: bool) -> Tensor
     return elect(deltas, weights, normalize)
 
 
-def blended(weights: Sequence[float], has_base: bool) -> Callable[[Chunk[Any]], Tensor]:
+def blended(weights: Sequence[float], has_base: bool) -> Combine:
     """The last pass of rules that come down to one number per model: Σ wᵢ θᵢ, or θ₀ + Σ wᵢ δᵢ if they have a base.
 
     Entries that are equal in all models keep their bits if the weights add up to one.
@@ -68,38 +81,38 @@ def blended(weights: Sequence[float], has_base: bool) -> Callable[[Chunk[Any]], 
     if abs(sum(weights) - 1) < _ROUNDING:
         anchor = next(i for i, w in enumerate(weights) if w)
         return lambda c: mixture(c, weights, anchor)
-    return lambda c: weighted_sum(c.models, weights)
+    return lambda c: models_sum(c, weights)
 
 
-def _added_to_base(weights: Sequence[float]) -> Callable[[Chunk[Any]], Tensor]:
+def _added_to_base(weights: Sequence[float]) -> Combine:
     every = Sparse(len(weights))
 
-    def combine(c: Chunk[Any]) -> Tensor:
+    def combine(c: Chunk[Any]) -> Values:
         arguments = every.compiled(c)
         if arguments is None:
             return changed(c.base, weighted_sum(c.deltas, weights))
         from regraft.merge.native_sparse import merge
 
         zeros, out = np.zeros(c.n, np.int64), np.empty(c.length, np.float32)
-        merge(*arguments, numbers(weights, c.dtype), False, False, np.float32(1), zeros, out)
-        return torch.from_numpy(out)
+        merge(*arguments, numbers(weights, c.arithmetic), False, False, np.float32(1), zeros, out)
+        return out
 
     return combine
 
 
-def of_runs(values: Tensor, c: Chunk[Any], width: int) -> Tensor:
+def of_runs(values: np.ndarray, c: Chunk[Any], width: int) -> Tensor:
     """For each entry of a chunk, (L,), the value of the run of `width` entries that it is in; one for all stays one."""
     if len(values) == 1:
-        return values.to(c.device, c.dtype)
+        return c.like(values)
     places = torch.arange(c.start, c.start + c.length, device=c.device)
-    return values.to(c.device, c.dtype)[places.div(width, rounding_mode="floor")]
+    return c.like(values)[places.div(width, rounding_mode="floor")]
 
 
 def onto_base(
     sparse: Sparse,
     join: Callable[[Tensor, Sequence[float], bool], Tensor],
-    on_zeros: Callable[[Tensor, int], None] | None = None,
-) -> Callable[[Chunk[Any]], Tensor]:
+    on_zeros: Callable[[np.ndarray, int], None] | None = None,
+) -> Combine:
     """The last pass of these rules: `base + lambda * join(sparse task vectors, weights, normalize)`.
 
     Args:
@@ -108,7 +121,7 @@ def onto_base(
         on_zeros: told, for each chunk, the entries of each full task vector that are zero (n,), and its length.
     """
 
-    def combine(c: Chunk[Any]) -> Tensor:
+    def combine(c: Chunk[Any]) -> Values:
         o = c.options
         arguments = sparse.compiled(c)
         if arguments is None:
@@ -121,10 +134,10 @@ def onto_base(
         scale = o.lambda_
         if join is total and o.normalize and abs(sum(o.weight)) >= ABOUT_ZERO:
             scale /= sum(o.weight)
-        weights = numbers(o.weight, c.dtype)
+        weights = numbers(o.weight, c.arithmetic)
         native_sparse.merge(*arguments, weights, join is elected, o.normalize, np.float32(scale), zeros, out)
         if on_zeros is not None:
-            on_zeros(torch.from_numpy(zeros), c.length)
-        return torch.from_numpy(out)
+            on_zeros(zeros, c.length)
+        return out
 
     return combine

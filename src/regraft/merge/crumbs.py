@@ -21,6 +21,7 @@ _BREADCRUMBS = Paper(
 crumbs_rule = partial(
     rule,
     needs_base=True,
+    compiled=lambda _: True,
     order_statistics=2,
     papers=[_BREADCRUMBS],
     mergekit_defaults={"weight": REQUIRED, "density": 1.0},

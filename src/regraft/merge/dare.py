@@ -7,9 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import torch
+import numpy as np
 from pydantic import BeforeValidator, Field
-from torch import Tensor
 
 from regraft.merge.consensus import Density, TaskVectorOptions
 from regraft.merge.rule import REQUIRED, PerModel, Unit, rule
@@ -26,6 +25,7 @@ _DARE = Paper(
 dare_rule = partial(
     rule,
     needs_base=True,
+    compiled=lambda _: True,
     papers=[_DARE],
     mergekit_defaults={"weight": REQUIRED, "density": 1.0, "rescale": "l1"},
     mergekit_values={"rescale": {True: "l1", False: "none"}},
@@ -56,17 +56,17 @@ def rescaled(unit: Unit[DareOptions]) -> Stage:
     return (yield from norms_restored(unit, sparse)) if o.rescale == "l1" else sparse
 
 
-def sparse_before(unit: Unit[DareOptions]) -> Callable[[Tensor, int], None]:
+def sparse_before(unit: Unit[DareOptions]) -> Callable[[np.ndarray, int], None]:
     """Warn of task vectors that were sparse before, counted in the last pass. Those of frozen tensors do not count."""
     lock = threading.Lock()
-    zeros, seen = torch.zeros(unit.n, dtype=torch.int64), 0
+    zeros, seen = np.zeros(unit.n, np.int64), 0
 
-    def count(found: Tensor, length: int) -> None:
+    def count(found: np.ndarray, length: int) -> None:
         nonlocal zeros, seen
         with lock:
             zeros, seen = zeros + found, seen + length
             if seen == unit.numel:
-                for i in ((2 * zeros > seen) & (zeros < seen)).nonzero().flatten().tolist():
+                for i in np.flatnonzero((2 * zeros > seen) & (zeros < seen)).tolist():
                     if unit.options.density[i] < 1:
                         unit.warn(
                             f"model {i + 1} does not differ from the base in more than half of the entries of some"

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from regraft.checkpoint.tensor import BLOCK
-from regraft.merge.kernels import block_grams, block_sums, sign_conflicts
+from regraft.checkpoint.tensor import BLOCK, StoredRows
+from regraft.merge.kernels import block_grams, block_sums, sign_conflicts, stored, stored_deltas
 from regraft.merge.rule import Chunk, TensorInfo
 
 # Of a larger tensor every k-th block is measured, so that about this many elements are: enough for a cosine to within
@@ -29,8 +28,8 @@ class _Sums:
     """Of one or more tensors: inner products (n, n) and L1 norms (n,) of task vectors, ‖base‖², entries that moved and
     that conflict; of `elements` entries."""
 
-    gram: Tensor
-    absolute: Tensor
+    gram: np.ndarray
+    absolute: np.ndarray
     base: float = 0.0
     moved: float = 0
     conflicts: float = 0
@@ -59,7 +58,7 @@ class _Sums:
         )
 
     def facts(self) -> dict[str, Any]:
-        norms = self.gram.diagonal().clamp(min=0).sqrt()
+        norms = self._norms()
         return {
             "norms": [_digits(float(x)) for x in norms],
             "mean_change": [_digits(float(x) / max(self.elements, 1)) for x in self.absolute],
@@ -69,13 +68,17 @@ class _Sums:
 
     @classmethod
     def empty(cls, n: int) -> _Sums:
-        return cls(torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
+        return cls(np.zeros((n, n)), np.zeros(n))
 
     def cosines(self) -> list[list[float]]:
-        norms = self.gram.diagonal().clamp(min=0).sqrt()
-        scale = torch.outer(norms, norms)
-        cosines = torch.where(scale > 0, self.gram / scale.clamp(min=1e-300), torch.zeros_like(scale))
+        norms = self._norms()
+        scale = np.outer(norms, norms)
+        cosines = np.where(scale > 0, self.gram / np.maximum(scale, 1e-300), 0.0)
         return [[_digits(float(x)) for x in row] for row in cosines]
+
+    def _norms(self) -> np.ndarray:
+        norms: np.ndarray = np.sqrt(np.maximum(self.gram.diagonal(), 0))
+        return norms
 
 
 @dataclass
@@ -97,8 +100,12 @@ class TaskVectorStatistics:
         measured = _every_kth_block(chunk)
         if measured is None:
             return
-        deltas = measured.deltas
-        gram = block_grams(torch.cat([deltas, measured.base.unsqueeze(0)])).sum(0)
+        raw = stored(measured)
+        if raw is not None:
+            deltas, base = stored_deltas(raw)
+        else:
+            deltas, base = measured.deltas.cpu().numpy(), measured.base.cpu().numpy()
+        gram = block_grams(np.concatenate([deltas, base[None]])).sum(0)
         moved, conflicts = sign_conflicts(deltas)
         absolute = block_sums(deltas, absolute=True).sum(1)
         n, length = deltas.shape
@@ -121,7 +128,7 @@ class TaskVectorStatistics:
     def restore(self, info: TensorInfo, facts: Any) -> None:
         """Take over what `facts` gave in an earlier run."""
         if facts is not None:
-            gram, absolute = (torch.tensor(values, dtype=torch.float64) for values in facts[:2])
+            gram, absolute = (np.array(values, np.float64) for values in facts[:2])
             self._add(info, _Sums(gram, absolute, *facts[2:]))
 
     def summary(self, names: Sequence[str]) -> dict[str, Any]:
@@ -178,10 +185,16 @@ def _every_kth_block(chunk: Chunk[Any]) -> Chunk[Any] | None:
     if not starts:
         return None
     # Cut from what was read, before anything is computed of it.
-    rows = [torch.cat([row[at : at + BLOCK] for at in starts]) for row in chunk.rows]
-    if isinstance(chunk.rows, Tensor):
-        return Chunk(chunk.info, chunk.options, 0, torch.stack(rows), chunk.has_base, chunk.dtype)
-    return Chunk(chunk.info, chunk.options, 0, rows, chunk.has_base, chunk.dtype)
+    rows: Any
+    if chunk.stored is not None:
+        rows = StoredRows(
+            np.concatenate([chunk.stored.array[:, at : at + BLOCK] for at in starts], 1), chunk.stored.dtype
+        )
+    else:
+        import torch
+
+        rows = [torch.cat([row[at : at + BLOCK] for at in starts]) for row in chunk.rows]
+    return Chunk(chunk.info, chunk.options, 0, rows, chunk.has_base, chunk.arithmetic)
 
 
 def _digits(value: float) -> float:

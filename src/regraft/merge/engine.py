@@ -8,24 +8,29 @@ multiples of `BLOCK`, torch computes with one thread per worker, and statistics 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from regraft.checkpoint.tensor import BLOCK, Scratch, TensorSource, numel
+from regraft.checkpoint.dtypes import DTYPES, as_array, is_float, largest_value
+from regraft.checkpoint.tensor import BLOCK, Scratch, StoredRows, TensorSource, numel, read_rows, stored_dtype
 from regraft.errors import UserError
 from regraft.merge.allocator import keep_pages
-from regraft.merge.jobs import Job, default_chunk, default_workers, group
-from regraft.merge.kernels import all_within, narrow
+from regraft.merge.jobs import Job, all_compiled, default_chunk, default_workers, group, on_processor
+from regraft.merge.kernels import Values, all_within, narrow
 from regraft.merge.rule import Chunk, Copy, TensorInfo, Unit
-from regraft.merge.units import Task, UnitState, count_non_finite, read_chunk
+from regraft.merge.units import Task, UnitState, as_chunk, count_non_finite
 from regraft.methods import Options
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass
@@ -38,7 +43,8 @@ class Outcome:
     non_finite: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-Sink = Callable[[str, int, Tensor], None]
+# Takes the name of a tensor, the first element, and flat values as they are stored: of `array_dtype` of its dtype.
+Sink = Callable[[str, int, np.ndarray], None]
 
 
 class Observer(Protocol):
@@ -60,7 +66,7 @@ def run_jobs(
     *,
     workers: int | None = None,
     chunk: int | None = None,
-    device: str | torch.device = "cpu",
+    device: str = "cpu",
     allow_nan: bool = False,
     observer: Observer | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -72,8 +78,8 @@ def run_jobs(
     Args:
         workers: threads; one more than there are cores by default.
         chunk: elements per chunk, rounded up to a multiple of `BLOCK`; more means more memory, never another result.
-        device: where chunks are computed; sources are read and results are written on the CPU. The last bits of
-            statistics, and so of results, may depend on the kind of device.
+        device: where chunks are computed, as torch calls it; sources are read and results are written on the CPU. The
+            last bits of statistics, and so of results, may depend on the kind of device.
         allow_nan: go on if a source holds values that are not finite (they are counted all the same).
         observer: looks on.
         on_progress: called with (elements passed through, elements to pass through in all sweeps as far as known).
@@ -84,9 +90,19 @@ def run_jobs(
     Raises:
         UserError: RG206 with tensor, model and counts; whatever a source or the sink raises.
     """
-    device = torch.device(device)
     size = max(BLOCK, -(-(chunk or default_chunk(device)) // BLOCK) * BLOCK)
-    run = _Run(group(jobs), write, size, device, allow_nan, observer, on_progress, finished or {}, on_finished)
+    bare = not _torch_is_loaded() and all_compiled(jobs, device)
+    run = _Run(
+        group(jobs),
+        write,
+        size,
+        None if bare else device,
+        allow_nan,
+        observer,
+        on_progress,
+        finished or {},
+        on_finished,
+    )
     run.execute(workers or default_workers())
     return run.outcome([job.info.name for job in jobs])
 
@@ -107,7 +123,7 @@ class _Run:
         units: list[list[Job]],
         write: Sink,
         chunk: int,
-        device: torch.device,
+        device: str | None,
         allow_nan: bool,
         observer: Observer | None,
         on_progress: Callable[[int, int], None] | None,
@@ -118,7 +134,9 @@ class _Run:
         self._open = 0  # units begun and not finished
         self._changed = threading.Condition()
         self._error: BaseException | None = None
-        self._write, self._chunk, self._device, self._allow_nan = write, chunk, device, allow_nan
+        self._write, self._chunk, self._allow_nan = write, chunk, allow_nan
+        self._torch = device is not None
+        self._device = _accelerator(device)
         self._observer, self._on_progress = observer, on_progress
         self._finished, self._on_finished = finished, on_finished
         self._notes: dict[str, dict[str, Any]] = {}
@@ -147,9 +165,11 @@ class _Run:
 
     def execute(self, workers: int) -> None:
         keep_pages()
-        if self._device.type == "cpu":
+        if self._device is None:
             import regraft.merge.native  # noqa: F401 - here, as a failure to load it in a worker could be a deadlock
-        with one_thread_each():
+        with ExitStack() as stack:
+            if self._torch:
+                stack.enter_context(one_thread_each())
             threads = [threading.Thread(target=self._work, name=f"merge-{i}", daemon=True) for i in range(workers)]
             for thread in threads:
                 thread.start()
@@ -170,9 +190,13 @@ class _Run:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        torch.set_num_threads(1)
         try:
-            with torch.inference_mode():
+            with ExitStack() as stack:
+                if self._torch:
+                    import torch
+
+                    torch.set_num_threads(1)
+                    stack.enter_context(torch.inference_mode())
                 while (task := self._next()) is not None:
                     if isinstance(task, Task):
                         self._process(task)
@@ -210,7 +234,7 @@ class _Run:
         state.steps = first.rule.start(unit)
         self._advance(state, None)
 
-    def _advance(self, state: UnitState, results: list[Tensor] | None) -> None:
+    def _advance(self, state: UnitState, results: list[np.ndarray] | None) -> None:
         """Ask the rule for its next statistics, or for its decision; queue the next sweep."""
         assert state.steps is not None
         try:
@@ -331,9 +355,10 @@ class _Run:
         if state.kept is not None:
             return state.kept
         whole = task.stop - task.start == job.info.numel
-        chunk = read_chunk(job, task.start, task.stop, self._device, None if whole else self._scratch)
+        rows = read_rows(job.sources, task.start, task.stop, None if whole else self._scratch)
         if state.first_pass:
-            self._check_rows(job, chunk.rows)
+            self._check_rows(job, rows)
+        chunk = as_chunk(job, task.start, rows, self._device)
         if len(state.jobs) == 1 and whole:
             state.kept = chunk
         return chunk
@@ -342,14 +367,15 @@ class _Run:
         with self._changed:
             return self._facts.setdefault(name, _Facts())
 
-    def _check_rows(self, job: Job, rows: Tensor | Sequence[Tensor]) -> None:
-        if isinstance(rows, Tensor) and all_within(rows, torch.finfo(rows.dtype).max):
+    def _check_rows(self, job: Job, rows: StoredRows | Sequence[Tensor]) -> None:
+        if isinstance(rows, StoredRows) and all_within(rows.array, rows.dtype):
             return
-        for i, (source, row) in enumerate(zip(job.sources, rows, strict=True)):
+        each = rows.array if isinstance(rows, StoredRows) else map(as_array, rows)
+        for i, (source, row) in enumerate(zip(job.sources, each, strict=True)):
             self._check_finite(job, source, i, row)
 
-    def _check_finite(self, job: Job, source: TensorSource, model: int, values: Tensor) -> None:
-        if all_within(values, torch.finfo(values.dtype).max):
+    def _check_finite(self, job: Job, source: TensorSource, model: int, values: np.ndarray) -> None:
+        if all_within(values, stored_dtype(source)):
             return
         label = job.labels[model] if model < len(job.labels) else f"model {model + 1}"
         nans, infinities = count_non_finite(source)
@@ -360,32 +386,48 @@ class _Run:
                 "RG206", what, where=label, fix="repair that model, or pass --allow-nan to merge them as they are"
             )
 
-    def _store(self, task: Task, result: Tensor) -> None:
-        stored, within = narrow(result, task.job.out_dtype)
+    def _store(self, task: Task, result: Values) -> None:
+        dtype = task.job.out_dtype
+        stored, within = narrow(result, dtype)
         if not within:
-            limit = torch.finfo(task.job.out_dtype).max
-            lost = int(((result.abs() > limit) & torch.isfinite(result)).sum())
+            values = result if isinstance(result, np.ndarray) else result.cpu().numpy()
+            lost = int(((abs(values) > largest_value(dtype)) & np.isfinite(values)).sum())
             facts = self._found(task.job.info.name)
             with self._changed:
                 facts.saturated += lost
-        self._write(task.job.info.name, task.start, stored.cpu())
+        self._write(task.job.info.name, task.start, stored)
 
     def _copy(self, task: Task, model: int) -> None:
         job = task.job
         source = job.models[model]
-        values = source.read(task.start, task.stop)
-        if values.dtype.is_floating_point:
+        rows = read_rows([source], task.start, task.stop, self._scratch)
+        assert isinstance(rows, StoredRows)
+        values, dtype = rows.array[0], rows.dtype
+        if is_float(dtype):
             self._check_finite(job, source, model, values)
-            if values.dtype != job.out_dtype:
-                wide = values if values.dtype.itemsize > 1 else values.float()
-                self._store(task, wide.to(torch.promote_types(wide.dtype, torch.float32)))
+            if dtype != job.out_dtype:
+                self._store(task, rows.tensor[0].to(DTYPES["F64" if dtype == "F64" else "F32"]))
                 return
         self._write(job.info.name, task.start, values)
+
+
+def _torch_is_loaded() -> bool:
+    return "torch._C" in sys.modules
+
+
+def _accelerator(device: str | None) -> torch.device | None:
+    if device is None or on_processor(device):
+        return None
+    import torch
+
+    return torch.device(device)
 
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
     """Parallelism comes from the workers; a kernel that splits its own work would change the order of sums."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from regraft.checkpoint.tensor import BLOCK, TensorSource
+from regraft.checkpoint.dtypes import item_size
+from regraft.checkpoint.tensor import BLOCK, TensorSource, stored_dtype
 from regraft.errors import UserError
 from regraft.merge.rule import Rule, TensorInfo, field_names
 from regraft.merge.selection import table_bytes
@@ -30,11 +29,12 @@ class Job:
     """One output tensor: by a rule from the same tensor of several models, or (`rule=None`) a bit-exact copy.
 
     `labels` name the models in messages, the base last; `double` asks for float64 arithmetic whatever the dtypes are.
+    Dtypes are named as in safetensors.
     """
 
     info: TensorInfo
     models: tuple[TensorSource, ...]
-    out_dtype: torch.dtype
+    out_dtype: str
     rule: Rule[Any] | None = None
     options: Options | None = None
     base: TensorSource | None = None
@@ -68,10 +68,21 @@ class Job:
         return max(wanted // self.block, 1) * self.block
 
     @property
-    def arithmetic(self) -> torch.dtype:
-        """float64 if it is asked for or if an input or the output is, else float32."""
-        dtypes = (self.out_dtype, *(s.dtype for s in self.sources))
-        return torch.float64 if self.double or torch.float64 in dtypes else torch.float32
+    def arithmetic(self) -> str:
+        """ "F64" if it is asked for or if an input or the output is, else "F32"."""
+        return "F64" if self.double or "F64" in (self.out_dtype, *map(stored_dtype, self.sources)) else "F32"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled loops do all of it on the processor, without torch."""
+        dtypes = {stored_dtype(source) for source in self.sources}
+        if self.rule is None:
+            return dtypes == {self.out_dtype}
+        served = {"BF16", "F32"}
+        return not self.double and len(dtypes) == 1 and {*dtypes, self.out_dtype} <= served and self._served()
+
+    def _served(self) -> bool:
+        return self.rule is not None and self.rule.compiled(self.options)
 
 
 def group(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -117,9 +128,14 @@ def _check_same(unit: list[Job], job: Job) -> None:
             raise UserError("RG303", what, where=where, fix=f"use one {name}{otherwise}")
 
 
-def default_chunk(device: torch.device) -> int:
-    """Elements per chunk where the user names none."""
-    return DEFAULT_CHUNK if device.type == "cpu" else _ACCELERATOR_CHUNK
+def default_chunk(device: str) -> int:
+    """Elements per chunk where the user names none, on a device by the name that torch has for it."""
+    return DEFAULT_CHUNK if on_processor(device) else _ACCELERATOR_CHUNK
+
+
+def on_processor(device: str) -> bool:
+    """Whether this is no accelerator."""
+    return device.partition(":")[0] == "cpu"
 
 
 def default_workers() -> int:
@@ -128,13 +144,18 @@ def default_workers() -> int:
     return cores + 1
 
 
+def all_compiled(jobs: Sequence[Job], device: str) -> bool:
+    """Whether compiled loops do all of it, so that torch is not needed."""
+    return on_processor(device) and all(job.compiled for job in jobs)
+
+
 def predict_memory(jobs: Sequence[Job], workers: int, chunk: int) -> int:
     """Peak bytes of tensors held by a run, beside the program itself."""
     largest = 0
     for job in jobs:
         length = min(job.chunk(chunk), max(job.info.numel, 1))
         rows = 1 if job.rule is None else (len(job.models) + 1) * _ROWS_PER_MODEL + job.rule.rows_beside
-        wanted = length * rows * job.arithmetic.itemsize
+        wanted = length * rows * item_size(job.arithmetic)
         if job.rule is not None and job.rule.order_statistics:
             wanted += _TABLES * table_bytes(len(job.models), job.rule.order_statistics)
         largest = max(largest, wanted)

@@ -9,50 +9,60 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from regraft.checkpoint.dtypes import DTYPES, as_array, as_tensor, item_size, largest_value
 from regraft.checkpoint.tensor import BLOCK
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from regraft.merge.rule import Chunk
 
-_ARITHMETIC = (torch.float32, torch.float64)
-_BITS = {
-    torch.float32: torch.uint32,
-    torch.float64: torch.uint64,
-    torch.bfloat16: torch.uint16,
-    torch.float16: torch.uint16,
-}
+# Elements, or numbers, as the torch twins take and give them, or as the compiled loops do.
+Values: TypeAlias = "Tensor | np.ndarray"
+
 _SIGNLESS = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF), 8: np.uint64(0x7FFFFFFFFFFFFFFF)}
 
 
-def fused(*tensors: Tensor) -> bool:
-    """Whether the compiled loops serve these tensors."""
-    return all(tensor.is_cpu and tensor.dtype in _ARITHMETIC for tensor in tensors)
+def fused(*values: Values) -> bool:
+    """Whether the compiled loops serve these values."""
+    return all(
+        isinstance(one, np.ndarray) or (one.is_cpu and one.dtype in (torch.float32, torch.float64)) for one in values
+    )
 
 
-def array(tensor: Tensor) -> Any:
-    """The tensor's memory as a C-contiguous array."""
-    return tensor.contiguous().numpy()
+def array(values: Values) -> np.ndarray:
+    """The memory of a CPU tensor as a C-contiguous array; an array as it is."""
+    return values if isinstance(values, np.ndarray) else values.contiguous().numpy()  # type: ignore[no-any-return]
+
+
+def in_rows(values: Values) -> Any:
+    """Values (L,) or (n, L) as (n, L)."""
+    return np.atleast_2d(values) if isinstance(values, np.ndarray) else torch.atleast_2d(values)
 
 
 def bit_array(tensor: Tensor) -> Any:
     """A float tensor's memory as unsigned integers."""
-    return tensor.contiguous().view(_BITS[tensor.dtype]).numpy()
+    return bits(as_array(tensor))
+
+
+def bits(values: Any) -> Any:
+    """An array's memory as unsigned integers."""
+    return values.view(f"u{values.itemsize}")
 
 
 @lru_cache(maxsize=256)
-def _numbers(values: tuple[float, ...], dtype: torch.dtype) -> Any:
-    return torch.tensor(values, dtype=dtype).numpy()
+def _numbers(values: tuple[float, ...], itemsize: int) -> Any:
+    return np.array(values, f"f{itemsize}")
 
 
-def numbers(values: Sequence[float], like: Tensor | torch.dtype) -> Any:
-    """One number per model as an array (n,), in the dtype of `like`."""
-    return _numbers(tuple(values), like.dtype if isinstance(like, Tensor) else like)
+def numbers(values: Sequence[float], like: Any) -> Any:
+    """One number per model as an array (n,), in the dtype of `like`: a tensor, an array or "F32", "F64"."""
+    return _numbers(tuple(values), item_size(like) if isinstance(like, str) else like.itemsize)
 
 
 def stored(chunk: Chunk[Any]) -> Any | None:
@@ -60,21 +70,46 @@ def stored(chunk: Chunk[Any]) -> Any | None:
 
     For the loops in `native_sparse`. None if they are stored otherwise, or elsewhere.
     """
-    rows = chunk.rows
-    if not isinstance(rows, Tensor) or not rows.is_cpu or chunk.dtype != torch.float32:
+    if chunk.arithmetic != "F32":
         return None
-    if rows.dtype == torch.bfloat16:
-        return bit_array(rows)
-    return array(rows) if rows.dtype == torch.float32 else None
+    if chunk.stored is not None:
+        return chunk.stored.array if chunk.stored.dtype in ("BF16", "F32") else None
+    rows = chunk.rows
+    if not isinstance(rows, torch.Tensor) or not rows.is_cpu or rows.dtype not in (torch.bfloat16, torch.float32):
+        return None
+    return as_array(rows)
 
 
 @lru_cache(maxsize=64)
-def _most_bits(dtype: torch.dtype, limit: float) -> Any:
+def _most_bits(dtype: str, limit: float) -> Any:
     """The bits of the largest value of a dtype that is not above the limit."""
-    most = torch.tensor([limit], dtype=torch.float64).to(dtype)
-    if float(most) > limit:
-        most = torch.nextafter(most, torch.zeros_like(most))
-    return bit_array(most)[0]
+    if dtype == "BF16":  # the upper half of a float32
+        return _most_bits("F32", limit) >> np.uint32(16)
+    near = np.array([min(limit, largest_value(dtype))]).astype(f"f{item_size(dtype)}")
+    return bits(near if near[0] <= limit else np.nextafter(near, np.zeros_like(near)))[0]
+
+
+def stored_deltas(raw: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Task vectors (n, L) and the base (L,) of what `stored` gave of models and base, as float32."""
+    base = stored_base(raw)
+    if raw.itemsize == 4:
+        return raw[:-1] - base, base
+    from regraft.merge.native import widen_bf16_minus
+
+    deltas = np.empty((len(raw) - 1, raw.shape[1]), np.float32)
+    widen_bf16_minus(raw[:-1], base, deltas, bits(deltas))
+    return deltas, base
+
+
+def stored_base(raw: Any) -> Any:
+    """The base, (L,), of what `stored` gave of models and base, as float32."""
+    if raw.itemsize == 4:
+        return raw[-1]
+    from regraft.merge.native import widen_bf16
+
+    base = np.empty(raw.shape[1], np.float32)
+    widen_bf16(raw[-1], bits(base))
+    return base
 
 
 def column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -97,7 +132,7 @@ def added(rows: Iterable[Tensor]) -> Tensor:
 
 def widened(rows: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Rows of any float dtype as one tensor (n, L) of `dtype` (float32 or float64), without a copy if they are."""
-    if isinstance(rows, Tensor):
+    if isinstance(rows, torch.Tensor):
         if rows.dtype == dtype:
             return rows
         if rows.dtype == torch.bfloat16 and dtype == torch.float32 and rows.is_cpu:
@@ -112,7 +147,8 @@ def widened(rows: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def differences(rows: Tensor | Sequence[Tensor], base: Tensor) -> Tensor:
     """rows - base, (n, L), formed in the dtype of `base`, (L,); rows as in `widened`."""
-    if isinstance(rows, Tensor) and rows.dtype == torch.bfloat16 and base.dtype == torch.float32 and rows.is_cpu:
+    dtypes = (torch.bfloat16, torch.float32)
+    if isinstance(rows, torch.Tensor) and rows.is_cpu and (rows.dtype, base.dtype) == dtypes:
         from regraft.merge.native import widen_bf16_minus
 
         out = torch.empty(rows.shape, dtype=base.dtype)
@@ -121,30 +157,43 @@ def differences(rows: Tensor | Sequence[Tensor], base: Tensor) -> Tensor:
     return widened(rows, base.dtype) - base
 
 
-def narrow(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """Values rounded to `dtype`, and whether all magnitudes are within its range (False if there is a NaN)."""
-    if dtype == torch.bfloat16 and values.dtype == torch.float32 and values.is_cpu:
-        from regraft.merge.native import narrow_bf16
+def narrow(values: Values, dtype: str) -> tuple[Any, bool]:
+    """Values rounded to `dtype`, as it is stored, and whether all magnitudes are within its range (False for a NaN).
 
-        out = torch.empty(values.shape, dtype=dtype)
-        most = narrow_bf16(bit_array(values), bit_array(out))
-        return out, bool(most <= _most_bits(torch.float32, torch.finfo(dtype).max))
-    limit = torch.finfo(dtype).max
-    within = limit >= torch.finfo(values.dtype).max or all_within(values, limit)
-    return values.to(dtype), within
+    Args:
+        values: an array, or a tensor on any device, of float32 or float64.
+    """
+    if not isinstance(values, np.ndarray) and values.is_cpu:
+        values = array(values)
+    limit = largest_value(dtype)
+    if isinstance(values, np.ndarray):
+        if dtype == "BF16" and values.dtype == np.float32:
+            from regraft.merge.native import narrow_bf16
+
+            out = np.empty(values.shape, np.uint16)
+            most = narrow_bf16(bits(values), out)
+            return out, bool(most <= _most_bits("F32", limit))
+        own = "F32" if values.dtype == np.float32 else "F64"
+        within = limit >= largest_value(own) or all_within(values, own, limit)
+        return (values if dtype == own else as_array(torch.from_numpy(values).to(DTYPES[dtype]))), within
+    within = limit >= torch.finfo(values.dtype).max or bool((values.abs() <= limit).all())
+    return as_array(values.to(DTYPES[dtype])), within
 
 
-def all_within(values: Tensor, limit: float) -> bool:
-    """Whether no magnitude is above `limit`; False if there is a NaN. bf16 and fp16 are looked at as they are."""
-    if values.numel() == 0:
+def all_within(values: Any, dtype: str, limit: float | None = None) -> bool:
+    """Whether no magnitude in an array of `array_dtype(dtype)` is above `limit`, by default that of the dtype.
+
+    False if there is a NaN.
+    """
+    if values.size == 0:
         return True
-    if values.is_cpu and values.dtype in _BITS:
+    limit = largest_value(dtype) if limit is None else limit
+    if item_size(dtype) > 1:
         from regraft.merge.native import largest_bits
 
-        bits = bit_array(values).reshape(-1)
-        return bool(largest_bits(bits, _SIGNLESS[bits.dtype.itemsize]) <= _most_bits(values.dtype, limit))
-    wide = values if values.dtype.itemsize > 1 else values.float()
-    return bool((wide.abs() <= limit).all())
+        raw = bits(values).reshape(-1)
+        return bool(largest_bits(raw, _SIGNLESS[raw.itemsize]) <= _most_bits(dtype, limit))
+    return bool((as_tensor(values, dtype).float().abs() <= limit).all())
 
 
 def weighted_sum(rows: Tensor, weights: Sequence[float]) -> Tensor:
@@ -169,20 +218,43 @@ def weighted_distance(rows: Tensor, first: Tensor, weights: Sequence[float]) -> 
     return added([torch.zeros_like(first), *((row - first) * w for row, w in zip(rows, weights, strict=True) if w)])
 
 
-def mixture(chunk: Chunk[Any], weights: Sequence[float], anchor: int) -> Tensor:
+def _check_count(chunk: Chunk[Any], weights: Sequence[float]) -> None:
+    """Compiled loops would read beyond the rows that are there."""
+    if len(weights) != chunk.n:
+        raise ValueError(f"{len(weights)} weights for {chunk.n} models")
+
+
+def models_sum(chunk: Chunk[Any], weights: Sequence[float]) -> Values:
+    """Σ wᵢ · models[i], (L,), in the order of the models; those of weight 0 are not looked at."""
+    _check_count(chunk, weights)
+    raw = stored(chunk)
+    if raw is None:
+        return weighted_sum(chunk.models, weights)
+    from regraft.merge import native_sparse
+
+    out = np.empty(chunk.length, np.float32)
+    native_sparse.weighted_sum(raw, numbers(weights, "F32"), out)
+    return out
+
+
+def mixture(chunk: Chunk[Any], weights: Sequence[float], anchor: int, *, of_changes: bool = False) -> Values:
     """The anchor + Σ wᵢ · (models[i] - anchor), (L,), with the model of that number as the anchor.
 
-    Equal to the weighted sum if the weights add up to one, but what is equal in all models keeps its bits.
+    Equal to the weighted sum if the weights add up to one, but what is equal in all models keeps its bits. With
+    `of_changes` the differences that are added are those to the base.
     """
+    _check_count(chunk, weights)
     raw = stored(chunk)
-    if raw is None or chunk.has_base:
+    if raw is None:
         first = chunk.models[anchor]
+        if of_changes:
+            return changed(first, weighted_sum(chunk.deltas, weights))
         return changed(first, weighted_distance(chunk.models, first, weights))
     from regraft.merge.native_sparse import distance
 
     out = np.empty(chunk.length, np.float32)
-    distance(raw, numbers(weights, chunk.dtype), anchor, out)
-    return torch.from_numpy(out)
+    distance(raw, numbers(weights, "F32"), anchor, chunk.n if of_changes else anchor, out)
+    return out
 
 
 def elect(rows: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
@@ -218,14 +290,19 @@ def winners(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows * sign).clamp_(min=0), sign
 
 
-def changed(base: Tensor, change: Tensor, factor: float = 1.0) -> Tensor:
+@overload
+def changed(base: Tensor, change: Tensor, factor: float = 1.0) -> Tensor: ...
+@overload
+def changed(base: np.ndarray, change: np.ndarray, factor: float = 1.0) -> np.ndarray: ...
+def changed(base: Any, change: Any, factor: float = 1.0) -> Values:
     """`base + factor · change`; an entry that does not change keeps its bits (-0.0 + 0.0 would be 0.0)."""
     if fused(base, change):
         from regraft.merge import native
 
-        out = torch.empty_like(base)
-        native.changed(array(base), array(change), array(base).dtype.type(factor), out.numpy())
-        return out
+        given = array(base)
+        out = np.empty_like(given)
+        native.changed(given, array(change), given.dtype.type(factor), out)
+        return out if isinstance(base, np.ndarray) else torch.from_numpy(out)
     step = change * factor
     return torch.where(step == 0, base, base + step)
 
@@ -257,7 +334,7 @@ def variance(rows: Tensor) -> Tensor:
     return added(apart.square()) / count
 
 
-def block_sums(rows: Tensor, *, absolute: bool, block: int = BLOCK) -> Tensor:
+def block_sums(rows: Values, *, absolute: bool, block: int = BLOCK) -> np.ndarray:
     """Sums of the values, or of the magnitudes, of each row over blocks of elements: (n, blocks), float64."""
     blocks = -(-rows.shape[1] // block)
     if fused(rows):
@@ -265,12 +342,13 @@ def block_sums(rows: Tensor, *, absolute: bool, block: int = BLOCK) -> Tensor:
 
         out = np.empty((rows.shape[0], blocks))
         native.block_sums(array(rows), block, absolute, out)
-        return torch.from_numpy(out)
+        return out
+    rows = torch.as_tensor(rows)
     parts = (rows.abs() if absolute else rows).split(block, 1)
-    return torch.stack([p.sum(1, dtype=torch.float64) for p in parts], 1).cpu() if parts else rows.new_zeros(0)
+    return array(torch.stack([p.sum(1, dtype=torch.float64) for p in parts], 1).cpu())
 
 
-def block_grams(rows: Tensor, *, block: int = BLOCK) -> Tensor:
+def block_grams(rows: Values, *, block: int = BLOCK) -> np.ndarray:
     """Inner products between rows over blocks of elements: (blocks, n, n), float64."""
     n, length = rows.shape
     if fused(rows):
@@ -278,37 +356,38 @@ def block_grams(rows: Tensor, *, block: int = BLOCK) -> Tensor:
 
         out = np.empty((-(-length // block), n, n))
         native.block_grams(array(rows), block, out)
-        return torch.from_numpy(out)
-    parts = [p.double() for p in rows.split(block, 1)]
-    return torch.stack([p @ p.T for p in parts]).cpu()
+        return out
+    parts = [p.double() for p in torch.as_tensor(rows).split(block, 1)]
+    return array(torch.stack([p @ p.T for p in parts]).cpu())
 
 
-def stored_grams(raw: Any, n: int, *, block: int) -> Tensor:
+def stored_grams(raw: Any, n: int, *, block: int) -> np.ndarray:
     """As `block_grams`, of the first n rows of what `stored` gave, less the last one if that is the n + 1st."""
     from regraft.merge.native_sparse import grams
 
     out = np.empty((-(-raw.shape[1] // block), n, n))
     grams(raw, n, block, out)
-    return torch.from_numpy(out)
+    return out
 
 
-def sign_conflicts(rows: Tensor) -> tuple[int, int]:
+def sign_conflicts(rows: Values) -> tuple[int, int]:
     """(columns in which any entry is not zero, columns with entries of both signs)."""
     if fused(rows):
         from regraft.merge import native
 
         moved, both = native.sign_conflicts(array(rows))
         return int(moved), int(both)
+    rows = torch.as_tensor(rows)
     up, down = (rows > 0).any(0), (rows < 0).any(0)
     return int((up | down).sum()), int((up & down).sum())
 
 
-def count_zeros(rows: Tensor) -> Tensor:
+def count_zeros(rows: Values) -> np.ndarray:
     """Entries of each row that are zero, (n,) int64."""
     if fused(rows):
         from regraft.merge import native
 
         out = np.zeros(rows.shape[0], np.int64)
         native.count_zeros(array(rows), out)
-        return torch.from_numpy(out)
-    return (rows == 0).sum(1).cpu()
+        return out
+    return array((torch.as_tensor(rows) == 0).sum(1).cpu())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
-from typing_extensions import Self
 
 from regraft.merge.consensus import Density, TaskVectorOptions
 from regraft.merge.rule import REQUIRED, PerModel, Unit, rule
 from regraft.merge.sparsify import Stage, norms_restored, ranked
 from regraft.methods import Paper
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _DELLA = Paper(
     "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
@@ -22,6 +24,7 @@ _DELLA = Paper(
 della_rule = partial(
     rule,
     needs_base=True,
+    compiled=lambda _: True,
     span=lambda _: "rows",
     papers=[_DELLA],
     mergekit_defaults={"weight": REQUIRED, "density": 1.0, "rescale": "l1"},

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from regraft.axes import layout
+from regraft.checkpoint.dtypes import as_tensor, dtype_name
 from regraft.checkpoint.tensor import MemoryTensor
 from regraft.errors import UserError, UserWarningMessage
 from regraft.merge.engine import run_jobs
 from regraft.merge.jobs import Job
 from regraft.merge.rule import Rule, TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def merge_in_memory(
@@ -31,8 +35,9 @@ def merge_in_memory(
     """Merge tensors or state dicts that are in memory; see `Rule.__call__`."""
     jobs, outputs = as_jobs(rule, models, base, options or {})
 
-    def write(name: str, start: int, values: Tensor) -> None:
-        outputs[name].view(-1)[start : start + values.numel()] = values
+    def write(name: str, start: int, values: np.ndarray) -> None:
+        out = outputs[name].view(-1)
+        out[start : start + len(values)] = as_tensor(values, dtype_name(out.dtype))
 
     outcome = run_jobs(jobs, write, workers=workers, chunk=chunk, allow_nan=allow_nan, device=device)
     for warning in outcome.warnings:
@@ -72,10 +77,10 @@ def as_jobs(
                 raise UserError("RG201", what, fix="merge models of one architecture and vocabulary")
         info = TensorInfo.of(name, tuple(reference.shape), places)
         if not reference.is_floating_point():
-            jobs.append(Job(info, (MemoryTensor(name, reference),), reference.dtype, labels=labels))
+            jobs.append(Job(info, (MemoryTensor(name, reference),), dtype_name(reference.dtype), labels=labels))
             continue
         base_source = MemoryTensor(name, base_dict[name]) if base_dict is not None else None
-        jobs.append(Job(info, sources, reference.dtype, rule, resolved, base_source, labels))
+        jobs.append(Job(info, sources, dtype_name(reference.dtype), rule, resolved, base_source, labels))
     return jobs, outputs
 
 

@@ -52,77 +52,96 @@ def keep_drawn(row, key, second_key, start, kept, factor, out):
 
 
 @kernel
-def ranks(keys, order, spare, counts, out):
+def ranks(keys, packed, spare, counts, out):
     """out = rank of each 31-bit key among all, from 0; equal keys by their place. A radix sort of three digits.
 
-    `order` and `spare` are int32 of at least the length of `keys`, `counts` has 2048 entries; they are overwritten.
+    What is left of a key goes with its place, so that all but the writing is in order. `packed` and `spare` are uint64
+    of at least the length of `keys`, `counts` is (3, 2048); they are overwritten.
     """
     length = keys.shape[0]
+    mask = np.uint32(_DIGIT - 1)
+    counts[:] = 0
     for k in range(length):
-        order[k] = k
+        key = keys[k]
+        counts[0, key & mask] += np.int32(1)
+        counts[1, (key >> np.uint32(11)) & mask] += np.int32(1)
+        counts[2, key >> np.uint32(22)] += np.int32(1)
     for digit in range(3):
-        shift = np.uint32(11 * digit)
-        counts[:] = 0
-        for k in range(length):
-            counts[(keys[k] >> shift) & np.uint32(_DIGIT - 1)] += np.int32(1)
         before = np.int32(0)
-        for d in range(counts.shape[0]):
-            here = counts[d]
-            counts[d] = before
+        for d in range(_DIGIT):
+            here = counts[digit, d]
+            counts[digit, d] = before
             before += here
-        for k in range(length):
-            element = order[k]
-            d = (keys[element] >> shift) & np.uint32(_DIGIT - 1)
-            spare[counts[d]] = element
-            counts[d] += np.int32(1)
-        order, spare = spare, order
+    first, second, third = counts[0], counts[1], counts[2]
     for k in range(length):
-        out[order[k]] = k
+        d = keys[k] & mask
+        packed[first[d]] = (np.uint64(keys[k] >> np.uint32(11)) << np.uint64(32)) | np.uint64(k)
+        first[d] += np.int32(1)
+    for k in range(length):
+        d = np.uint32(packed[k] >> np.uint64(32)) & mask
+        spare[second[d]] = packed[k]
+        second[d] += np.int32(1)
+    for k in range(length):
+        d = spare[k] >> np.uint64(43)
+        out[np.uint32(spare[k])] = third[d]
+        third[d] += np.int32(1)
 
 
 @kernel
 def rank_memory(width):
-    """What `drop_ranked` needs for rows of that width, to be used again and again."""
+    """What `decide_ranked` needs for rows of that width, to be used again and again."""
     return (
-        np.empty((3, width), np.int32),
-        np.empty(_DIGIT, np.int32),
+        np.empty((2, width), np.uint64),
+        np.empty((3, _DIGIT), np.int32),
         np.empty(width, np.uint32),
+        np.empty(width, np.int32),
+        np.empty(width, np.float64),
         np.empty((2, width // 4 + 2), np.uint64),
     )
 
 
 @kernel
-def drop_ranked(values, bits, first_key, second_key, start, low, step, divide, memory, out):
-    """One row: out = the value where its draw is below low + step · rank, else 0, with the rank of its magnitude.
+def decide_ranked(bits, first_key, second_key, start, low, step, memory):
+    """One row: whether the draw of each element is below low + step · rank, with the rank of its magnitude.
 
-    `bits` are the values in float32, of which the rank is taken. What is kept is divided by its probability if
-    `divide`. `out` may be `values`.
+    `bits` are the values in float32, of which the rank is taken. Returns the decisions, 0 or 1, and the probabilities
+    times 2**32; both lie in `memory`.
     """
-    zero = values.dtype.type(0)
-    length = values.shape[0]
-    places, counts, keys, draws = memory
-    rank = places[2]
+    length = bits.shape[0]
+    places, counts, all_keys, all_ranks, all_chances, draws = memory
+    keys, rank, chance = all_keys[:length], all_ranks[:length], all_chances[:length]
     for k in range(length):
         keys[k] = bits[k] & np.uint32(0x7FFFFFFF)
-    ranks(keys[:length], places[0], places[1], counts, rank)
+    ranks(keys, places[0], places[1], counts, rank)
     lane = start % 4
     mix(first_key, start // 4, draws[0, : (lane + length + 3) // 4])
     mix(second_key, start // 4, draws[1, : (lane + length + 3) // 4])
     high, rest = draws[0].view(np.uint16)[lane:], draws[1].view(np.uint16)[lane:]
     for k in range(length):
-        draw = np.float64(high[k]) * 65536.0 + np.float64(rest[k])
-        chance = low + step * np.float64(rank[k])
-        value = values[k] / values.dtype.type(chance) if divide else values[k]
-        out[k] = value if draw < chance * 4294967296.0 else zero
+        chance[k] = (low + step * np.float64(rank[k])) * 4294967296.0
+    for k in range(length):
+        draw = np.float64(np.int64(np.uint32(high[k]) << np.uint32(16) | np.uint32(rest[k])))
+        keys[k] = np.uint32(draw < chance[k])
+    return keys, chance
+
+
+@kernel
+def keep_decided(values, kept, chance, divide):
+    """values = the value where `kept` is not 0, else 0; divided by its probability `chance` / 2**32 if `divide`."""
+    zero, unit = values.dtype.type(0), 1 / 4294967296.0
+    if divide:
+        for k in range(values.shape[0]):
+            values[k] /= values.dtype.type(chance[k] * unit)
+    for k in range(values.shape[0]):
+        values[k] = values[k] if kept[k] else zero
 
 
 @kernel
 def keep_ranked(values, bits, width, first_key, second_key, start, low, step, divide, out):
-    """`drop_ranked` for rows of `width`, one after another."""
+    """Rows of `width`, one after another: out = what `decide_ranked` keeps of them, else 0."""
     memory = rank_memory(width)
+    out[:] = values
     for begin in range(0, values.shape[0], width):
         end = begin + width
-        drop_ranked(
-            values[begin:end], bits[begin:end], first_key, second_key, start + begin, low, step, divide, memory,
-            out[begin:end],
-        )  # fmt: skip
+        kept, chance = decide_ranked(bits[begin:end], first_key, second_key, start + begin, low, step, memory)
+        keep_decided(out[begin:end], kept, chance, divide)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from regraft.merge.native import TILE, count_low, dot, kernel
-from regraft.merge.native_random import drop_ranked, mix, rank_memory
+from regraft.merge.native_random import decide_ranked, keep_decided, mix, rank_memory
 
 _ALL = np.uint64(1 << 32)
 
@@ -69,8 +69,34 @@ def _draw(values, key, second_key, start, kept, words, lanes, one):
 
 
 @kernel
-def _sparse(raw, base, values, bits, i, start, chosen, words, memory):
-    """Model i's tile of the sparse task vector; the number of zeros in the full one."""
+def _note(kept, marks):
+    """Decisions, 0 or 1, as bits: eight in each of `marks`, the first in its lowest bit."""
+    for j in range(kept.shape[0] // 8):
+        byte = np.uint32(0)
+        for k in range(8):
+            byte |= kept[8 * j + k] << np.uint32(k)
+        marks[j] = np.uint8(byte)
+    whole = kept.shape[0] // 8 * 8
+    if whole < kept.shape[0]:
+        byte = np.uint32(0)
+        for k in range(whole, kept.shape[0]):
+            byte |= kept[k] << np.uint32(k - whole)
+        marks[whole // 8] = np.uint8(byte)
+
+
+@kernel
+def _recall(marks, kept):
+    """What `_note` made of decisions, as these again."""
+    for k in range(kept.shape[0]):
+        kept[k] = np.uint32(marks[k >> 3] >> np.uint8(k & 7)) & np.uint32(1)
+
+
+@kernel
+def _sparse(raw, base, values, bits, i, start, chosen, words, memory, marks, known):
+    """Model i's tile of the sparse task vector; the number of zeros in the full one.
+
+    `marks` takes up what was decided by rank, if it has room for it, or tells it if it is `known`.
+    """
     low, high, keys, kept, factors, chances, divide = chosen
     zeros = difference(raw, base, values, bits)
     if low[i] > 0 or high[i] < np.inf:
@@ -78,9 +104,17 @@ def _sparse(raw, base, values, bits, i, start, chosen, words, memory):
     if kept[i] < _ALL:
         _draw(values, keys[i, 0], keys[i, 1], start, kept[i], words[0], words[0].view(np.uint16), words[1])
     if chances[i, 0] < 1:
-        drop_ranked(
-            values, bits, keys[i, 0], keys[i, 1], start, chances[i, 0], chances[i, 1], divide, memory, values
-        )  # fmt: skip
+        if known:
+            kept_here = memory[2][: values.shape[0]]
+            _recall(marks, kept_here)
+            keep_decided(values, kept_here, memory[4], False)
+        else:
+            kept_here, chance = decide_ranked(
+                bits, keys[i, 0], keys[i, 1], start, chances[i, 0], chances[i, 1], memory
+            )  # fmt: skip
+            if marks.shape[0]:
+                _note(kept_here, marks)
+            keep_decided(values, kept_here, chance, divide)
     factor = factors[i]
     if factor != 1:
         for k in range(values.shape[0]):
@@ -89,11 +123,11 @@ def _sparse(raw, base, values, bits, i, start, chosen, words, memory):
 
 
 @kernel
-def merge(raw, start, tile, chosen, weights, elect, normalize, scale, zeros, out):
+def merge(raw, start, tile, chosen, marks, weights, elect, normalize, scale, zeros, out):
     """out = base + scale · (sum, or elected sum or mean, of the weighted sparse task vectors), float32.
 
     `chosen` is (low, high, keys, kept, factors, chances, divide), the first six with a row for each model;
-    zeros[i] += entries of model i that equal the base's.
+    zeros[i] += entries of model i that equal the base's. `marks` are those of an earlier `norms`, or empty.
     """
     n, length = raw.shape[0] - 1, raw.shape[1]
     zero, one = np.float32(0), np.float32(1)
@@ -101,6 +135,7 @@ def merge(raw, start, tile, chosen, weights, elect, normalize, scale, zeros, out
     bits, base_bits = values.view(np.uint32), base.view(np.uint32)
     total, sign, divisor = np.empty(tile, np.float32), np.empty(tile, np.float32), np.empty(tile, np.float32)
     words, memory = (np.empty(TILE // 4, np.uint64), np.empty(1, np.uint64)), rank_memory(tile)
+    no_marks = np.empty(0, np.uint8)
     for begin in range(0, length, tile):
         size = min(tile, length - begin)
         end = begin + size
@@ -108,9 +143,10 @@ def merge(raw, start, tile, chosen, weights, elect, normalize, scale, zeros, out
         total[:] = zero
         for i in range(n):
             row = values[i, :size]
-            zeros[i] += _sparse(
-                raw[i, begin:end], base[:size], row, bits[i, :size], i, start + begin, chosen, words, memory
-            )
+            known = marks.shape[0] > 0
+            noted = marks[i, begin // tile] if known else no_marks
+            own, at = raw[i, begin:end], start + begin
+            zeros[i] += _sparse(own, base[:size], row, bits[i, :size], i, at, chosen, words, memory, noted, known)
             weight = weights[i]
             if weight != 0:
                 for k in range(size):
@@ -138,12 +174,16 @@ def merge(raw, start, tile, chosen, weights, elect, normalize, scale, zeros, out
 
 
 @kernel
-def norms(raw, start, tile, chosen, block, before, after):
-    """before[i, b], after[i, b] = Σ |δ| over block b, of the full and of the sparse task vector, float64."""
+def norms(raw, start, tile, chosen, marks, block, before, after):
+    """before[i, b], after[i, b] = Σ |δ| over block b, of the full and of the sparse task vector, float64.
+
+    What is decided by rank is noted in `marks`, (n, tiles, bytes), if that is not empty.
+    """
     n, length = raw.shape[0] - 1, raw.shape[1]
     values, base = np.empty((2, tile), np.float32), np.empty(tile, np.float32)
     bits, base_bits = values.view(np.uint32), base.view(np.uint32)
     words, memory = (np.empty(TILE // 4, np.uint64), np.empty(1, np.uint64)), rank_memory(tile)
+    no_marks = np.empty(0, np.uint8)
     before[:] = 0
     after[:] = 0
     for begin in range(0, length, tile):
@@ -153,17 +193,9 @@ def norms(raw, start, tile, chosen, block, before, after):
         for i in range(n):
             difference(raw[i, begin:end], base[:size], values[0, :size], bits[0, :size])
             before[i, b] += _magnitude(values[0, :size])
-            _sparse(
-                raw[i, begin:end],
-                base[:size],
-                values[1, :size],
-                bits[1, :size],
-                i,
-                start + begin,
-                chosen,
-                words,
-                memory,
-            )
+            noted = marks[i, begin // tile] if marks.shape[0] > 0 else no_marks
+            own, at, row = raw[i, begin:end], start + begin, values[1, :size]
+            _sparse(own, base[:size], row, bits[1, :size], i, at, chosen, words, memory, noted, False)
             after[i, b] += _magnitude(values[1, :size])
 
 
@@ -217,26 +249,47 @@ def tally(raw, firsts, likely, top, low):
 
 
 @kernel
-def distance(raw, weights, anchor, out):
-    """out = anchor + Σ weights[i] · (raw[i] - anchor), float32; `raw` has no base, `anchor` is the number of a row.
+def weighted_sum(raw, weights, out):
+    """out = Σ weights[i] · raw[i] over as many rows as there are weights, float32; those of weight 0 are not read."""
+    length = raw.shape[1]
+    row, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    bits = row.view(np.uint32)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        end = begin + size
+        total[:] = np.float32(0)
+        for i in range(weights.shape[0]):
+            weight = weights[i]
+            if weight != 0:
+                load(raw[i, begin:end], row[:size], bits[:size])
+                for k in range(size):
+                    total[k] += row[k] * weight
+        out[begin:end] = total[:size]
+
+
+@kernel
+def distance(raw, weights, anchor, origin, out):
+    """out = raw[anchor] + Σ weights[i] · (raw[i] - raw[origin]), float32, over as many rows as there are weights.
 
     An entry that does not change keeps its bits.
     """
-    n, length = raw.shape
+    length = raw.shape[1]
     zero = np.float32(0)
     first, row, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     first_bits, row_bits = first.view(np.uint32), row.view(np.uint32)
     for begin in range(0, length, TILE):
         size = min(TILE, length - begin)
         end = begin + size
-        load(raw[anchor, begin:end], first[:size], first_bits[:size])
+        load(raw[origin, begin:end], first[:size], first_bits[:size])
         total[:] = zero
-        for i in range(n):
+        for i in range(weights.shape[0]):
             weight = weights[i]
-            if weight != 0 and i != anchor:
+            if weight != 0 and i != origin:
                 load(raw[i, begin:end], row[:size], row_bits[:size])
                 for k in range(size):
                     total[k] += (row[k] - first[k]) * weight
+        if anchor != origin:
+            load(raw[anchor, begin:end], first[:size], first_bits[:size])
         target = out[begin:end]
         for k in range(size):
             target[k] = first[k] + total[k] if total[k] != zero else first[k]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from regraft.merge.rule import Chunk
 from regraft.methods import Options, Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RAM = Paper("Behavior Knowledge Merge in Reinforced Agentic Models", "Yuan et al.", "2026", "2601.13572")
 

@@ -9,7 +9,8 @@ asks for it by `yield`, and reads top to bottom all the same:
         (limits,) = yield [OrderStatistic(lambda c: c.deltas.abs(), ranks=[unit.numel // 2])]
 
         def combine(c: Chunk[CappedOptions]) -> Tensor:
-            return c.base + c.deltas.clamp(-limits, limits).mean(0)
+            cap = c.like(limits)
+            return c.base + c.deltas.clamp(-cap, cap).mean(0)
 
         return combine
 
@@ -26,18 +27,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeAlias, TypeVar
 
 import torch
 from pydantic import BeforeValidator, ValidationError
-from torch import Tensor
 
-from regraft.checkpoint.tensor import BLOCK
+from regraft.checkpoint.dtypes import DTYPES, dtype_name
+from regraft.checkpoint.tensor import BLOCK, StoredRows
 from regraft.errors import UserError, nearest
-from regraft.merge.kernels import differences, widened
+from regraft.merge.kernels import Values, differences, widened
 from regraft.methods import Method, Options, Paper, register
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from regraft.axes import Layout
     from regraft.merge.statistics import Statistic
 
 T = TypeVar("T")
+V = TypeVar("V")
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
@@ -127,9 +132,9 @@ class Chunk(Generic[O]):
     """Elements `[start, start + L)` of one tensor, in every model, in the arithmetic dtype (float32 or float64).
 
     Args:
-        rows: one row of shape (L,) per model and, if `has_base`, the base's last: a tensor (n, L) of any float dtype,
-            or tensors of several.
-        dtype: the arithmetic dtype; that of `rows` by default.
+        rows: one row of shape (L,) per model and, if `has_base`, the base's last: of any float dtype as they are
+            stored, or as a tensor (n, L), or tensors of several dtypes.
+        arithmetic: the arithmetic dtype, "F32" or "F64"; that of `rows` by default.
         block: chunks of this tensor start at multiples of so many elements; what is summed up over a tensor is summed
             over blocks first, so that cutting does not matter.
     """
@@ -139,20 +144,38 @@ class Chunk(Generic[O]):
         info: TensorInfo,
         options: O,
         start: int,
-        rows: Sequence[Tensor] | Tensor,
+        rows: StoredRows | Sequence[Tensor] | Tensor,
         has_base: bool = False,
-        dtype: torch.dtype | None = None,
+        arithmetic: str | None = None,
         block: int = BLOCK,
     ) -> None:
         self.info, self.options, self.start, self.has_base = info, options, start, has_base
-        self.rows, self.n, self.length = rows, len(rows) - has_base, rows[0].shape[0]
-        self.dtype = dtype or rows[0].dtype
+        self.stored = rows if isinstance(rows, StoredRows) else None
+        self._rows = None if isinstance(rows, StoredRows) else rows
+        self.n, self.length = len(rows) - has_base, _length(rows)
+        self.arithmetic = arithmetic or (rows.dtype if isinstance(rows, StoredRows) else dtype_name(rows[0].dtype))
         self.block = block
-        self.device = rows[0].device
         self._base: Tensor | None = None
         self._models: Tensor | None = None
         self._deltas: Tensor | None = None
-        self._computed: dict[Any, Tensor] = {}
+        self._computed: dict[Any, Any] = {}
+
+    @property
+    def rows(self) -> Tensor | Sequence[Tensor]:
+        """What was read of the models, then of the base, in the dtypes of the files: (n, L), or a tensor for each."""
+        if self._rows is None:
+            assert self.stored is not None
+            self._rows = self.stored.tensor
+        return self._rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The arithmetic dtype."""
+        return DTYPES[self.arithmetic]
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows[0].device
 
     @property
     def base(self) -> Tensor:
@@ -177,15 +200,20 @@ class Chunk(Generic[O]):
             self._deltas = differences(self.rows[: self.n], self.base)
         return self._deltas
 
-    def computed(self, f: Callable[[Chunk[O]], Tensor]) -> Tensor:
+    def computed(self, f: Callable[[Chunk[O]], V]) -> V:
         """`f(self)`, computed once: several statistics may be about the same values. Treat as read-only."""
         if f not in self._computed:
             self._computed[f] = f(self)
-        return self._computed[f]
+        found: V = self._computed[f]
+        return found
 
     def per_model(self, values: Sequence[float]) -> Tensor:
         """One number per model as a column (n, 1), in the arithmetic dtype."""
-        return torch.tensor(values, dtype=self.dtype, device=self.device).unsqueeze(1)
+        return self.like(values).unsqueeze(1)
+
+    def like(self, values: Sequence[float] | np.ndarray) -> Tensor:
+        """Numbers, such as a statistic's result, as a tensor in the arithmetic dtype, on this chunk's device."""
+        return torch.as_tensor(values, dtype=self.dtype, device=self.device)
 
     def random_bits(self, seed: int, model: int) -> Tensor:
         """Uniform int32 for each element, shape (L,): a function of (seed, model, tensor name, element) alone."""
@@ -230,8 +258,14 @@ class Copy:
     model: int
 
 
-Combine: TypeAlias = Callable[[Chunk[Any]], Tensor]
-Steps: TypeAlias = Generator["Sequence[Statistic]", Sequence[Tensor], "Combine | Copy"]
+def _length(rows: StoredRows | Sequence[Tensor] | Tensor) -> int:
+    return int((rows.array if isinstance(rows, StoredRows) else rows[0]).shape[-1])
+
+
+# A tensor (L,) in the arithmetic dtype; or such an array, from the compiled loops.
+Combine: TypeAlias = Callable[[Chunk[Any]], Values]
+# What a rule asks for by `yield` comes as arrays.
+Steps: TypeAlias = Generator["Sequence[Statistic]", "Sequence[np.ndarray]", "Combine | Copy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +286,9 @@ class Rule(Method, Generic[O]):
     span: Callable[[O], str] = lambda _: "elements"
     rows_beside: int = 0  # tensors of a chunk's length that it holds beside those per model, for the estimate of memory
     order_statistics: int = 0  # most that it asks for at once of each model, for the estimate of memory
+    # Whether, for the options, compiled loops serve it from the first sweep to the last on the processor, if models are
+    # of bfloat16 or float32. The command line does without torch then.
+    compiled: Callable[[O], bool] = lambda _: False
     # The rule as a fixed combination base + Σ cᵢ (θᵢ - base), if it is one: c for the options, None where they make it
     # none. Adapters are then merged without their models.
     combination: Callable[[O], Sequence[float] | None] | None = None

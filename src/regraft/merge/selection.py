@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from regraft.merge.kernels import array, bit_array, fused, stored
+from regraft.merge.kernels import Values, array, bits, fused, in_rows, stored, stored_deltas
 from regraft.merge.rule import Chunk
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Up to this many elements the values themselves are kept and sorted; above, histograms are filled.
 _KEEP = 1 << 16
@@ -27,13 +29,14 @@ _WAYS = 4  # tables that take turns in counting upper halves
 _FLUSH = 1 << 30  # elements after which a thread's 32-bit counts are added to the common ones
 
 
-def task_vectors(chunk: Chunk[Any]) -> Tensor:
-    """The values that most order statistics are about, by a name, so that they need not be written down."""
-    return chunk.deltas
+def task_vectors(chunk: Chunk[Any]) -> Values:
+    """The values that most statistics are about, (n, L): an array where compiled loops can make it."""
+    raw = stored(chunk)
+    return chunk.deltas if raw is None else stored_deltas(raw)[0]
 
 
 def models(chunk: Chunk[Any]) -> Tensor:
-    """The models themselves, by a name, for the same reason."""
+    """The models themselves, by a name by which they are known."""
     return chunk.models
 
 
@@ -46,7 +49,7 @@ class OrderStatistic:
     """Exact order statistics of each row of `f(chunk)` over all elements of the unit.
 
     Args:
-        f: chunk -> values (rows, L) or (L,).
+        f: chunk -> values (rows, L) or (L,), a tensor or an array.
         ranks: 0-based ranks in ascending order of value: one list for all rows, or one list per row.
         absolute: rank magnitudes.
 
@@ -56,7 +59,7 @@ class OrderStatistic:
 
     def __init__(
         self,
-        f: Callable[[Chunk[Any]], Tensor],
+        f: Callable[[Chunk[Any]], Values],
         *,
         ranks: Sequence[int] | Sequence[Sequence[int]],
         absolute: bool = False,
@@ -64,44 +67,47 @@ class OrderStatistic:
         self._f, self._ranks, self._absolute = f, ranks, absolute
         self._lock = threading.Lock()
         self.sweeps = 1
-        self.result = torch.empty(0)
-        self.below = self.upto = torch.empty(0, dtype=torch.int64)
+        self.result: Any = np.empty(0)
+        self.below: Any = np.empty(0, np.int64)
+        self.upto: Any = self.below
 
     def begin(self, numel: int) -> None:
         self._numel = numel
-        self._kept: list[Tensor] | None = [] if numel <= _KEEP else None
+        self._kept: list[np.ndarray] | None = [] if numel <= _KEEP else None
         self._search: _Search32 | _Search64 | None = None
 
     def sample(self, chunk: Chunk[Any]) -> None:
         """Look at elements from all over the unit before the first sweep (float32 only gains by it)."""
-        values = torch.atleast_2d(chunk.computed(self._f))
+        values = in_rows(chunk.computed(self._f))
         search = self._begun(values)
         if isinstance(search, _Search32):
-            search.guess((values.abs() if self._absolute else values).cpu(), self._numel)
+            values = array(values if isinstance(values, np.ndarray) else values.cpu())
+            search.guess(abs(values) if self._absolute else values, self._numel)
 
     def observe(self, chunk: Chunk[Any]) -> None:
         if self._kept is None and self._f is task_vectors and self._absolute:
             raw = stored(chunk)
             if raw is not None:
-                search = self._begun_for(chunk.n, torch.float32)
+                search = self._begun_for(chunk.n, 4)
                 assert isinstance(search, _Search32)
                 search.count_stored(raw)
                 return
-        values = torch.atleast_2d(chunk.computed(self._f))
+        values = in_rows(chunk.computed(self._f))
         if self._kept is not None:
-            kept = values.abs() if self._absolute else values.clone()
+            values = array(values if isinstance(values, np.ndarray) else values.cpu())
+            kept = abs(values) if self._absolute else values.copy()
             with self._lock:
-                self._kept.append(kept.cpu())
+                self._kept.append(kept)
         else:
             self._begun(values).count(values, self._absolute)
 
-    def _begun(self, values: Tensor) -> _Search32 | _Search64:
-        return self._begun_for(values.shape[0], values.dtype)
+    def _begun(self, values: Any) -> _Search32 | _Search64:
+        return self._begun_for(values.shape[0], values.itemsize)
 
-    def _begun_for(self, rows: int, dtype: torch.dtype) -> _Search32 | _Search64:
+    def _begun_for(self, rows: int, itemsize: int) -> _Search32 | _Search64:
         with self._lock:
             if self._search is None:
-                self._search = (_Search32 if dtype == torch.float32 else _Search64)(self._targets(rows))
+                self._search = (_Search32 if itemsize == 4 else _Search64)(self._targets(rows))
             return self._search
 
     def _targets(self, rows: int) -> list[list[int]]:
@@ -111,11 +117,11 @@ class OrderStatistic:
 
     def finish(self) -> bool:
         if self._kept is not None:
-            ordered = torch.cat(self._kept, 1).sort(1).values
-            wanted = torch.tensor(self._targets(ordered.shape[0]))
-            self.result = ordered.gather(1, wanted)
-            self.below = torch.searchsorted(ordered, self.result)
-            self.upto = torch.searchsorted(ordered, self.result, right=True)
+            ordered = np.sort(np.concatenate(self._kept, 1), axis=1)
+            self.result = np.take_along_axis(ordered, np.array(self._targets(len(ordered))), 1)
+            pairs = list(zip(ordered, self.result, strict=True))
+            self.below = np.stack([np.searchsorted(row, found) for row, found in pairs])
+            self.upto = np.stack([np.searchsorted(row, found, side="right") for row, found in pairs])
             self._kept = None
             return True
         assert self._search is not None
@@ -152,8 +158,8 @@ class _Search32:
     def _clear_low(self) -> None:
         self._low = np.zeros((self._rows, self._firsts.shape[1], self._width, _BINS), np.int64)
 
-    def guess(self, values: Tensor, numel: int) -> None:
-        ordered = np.sort(values.numpy(), axis=1)
+    def guess(self, values: np.ndarray, numel: int) -> None:
+        ordered = np.sort(values, axis=1)
         seen = ordered.shape[1]
         firsts = np.zeros((self._rows, self._count), np.uint32)
         likely = np.zeros_like(firsts)
@@ -169,16 +175,16 @@ class _Search32:
         self._firsts, self._likely = firsts, likely
         self._clear_low()
 
-    def count(self, values: Tensor, absolute: bool) -> None:
+    def count(self, values: Any, absolute: bool) -> None:
         tables = self._own()
         tables.seen += values.shape[1]
         if fused(values):
             from regraft.merge.native import tally32
 
             mask = np.uint32(0x7FFFFFFF if absolute else 0xFFFFFFFF)
-            bits = bit_array(values)
+            raw = bits(array(values))
             for row in range(self._rows):
-                tally32(bits[row], mask, self._firsts[row], self._likely[row], tables.top[row], tables.low[row])
+                tally32(raw[row], mask, self._firsts[row], self._likely[row], tables.top[row], tables.low[row])
         else:
             self._count_in_torch(values.abs() if absolute else values, tables)
         if tables.seen > _FLUSH:
@@ -249,8 +255,8 @@ class _Search32:
             self._top[:] = 0
             self._clear_low()
             return False
-        self.result = torch.from_numpy(_value32(found.astype(np.uint32)))
-        self.below, self.upto = torch.from_numpy(below), torch.from_numpy(upto)
+        self.result = _value32(found.astype(np.uint32))
+        self.below, self.upto = below, upto
         return True
 
 
@@ -266,13 +272,14 @@ class _Search64:
         self._tables = np.zeros((*self._heads.shape, _BINS), np.int64)
         self._below = np.zeros(self._heads.shape, np.int64)
 
-    def count(self, values: Tensor, absolute: bool) -> None:
+    def count(self, values: Any, absolute: bool) -> None:
         from regraft.merge.native import tally64
 
-        bits = array((values.abs() if absolute else values).cpu()).view(np.uint64)
+        values = array(values if isinstance(values, np.ndarray) else values.cpu())
+        raw = bits(abs(values) if absolute else values)
         tables = np.zeros(self._tables.shape, np.int32)
         for row in range(self._rows):
-            tally64(bits[row], self._shift, self._heads[row], tables[row])
+            tally64(raw[row], self._shift, self._heads[row], tables[row])
         with self._lock:
             self._tables += tables
 
@@ -293,8 +300,8 @@ class _Search64:
             return False
         keys = self._heads
         raw = np.where(keys >> np.uint64(63), keys ^ np.uint64(1 << 63), ~keys)
-        self.result = torch.from_numpy(raw.view(np.float64))
-        self.below, self.upto = torch.from_numpy(self._below), torch.from_numpy(self._below + same)
+        self.result = raw.view(np.float64)
+        self.below, self.upto = self._below, self._below + same
         return True
 
 

@@ -7,23 +7,28 @@ which makes task vectors (n, L) with zeros where entries were dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from regraft.merge.kernels import between, numbers, stored
 from regraft.merge.random import chances, drop, drop_by_rank, kept_below, keys
 from regraft.merge.rule import Chunk, Unit
 from regraft.merge.statistics import OrderStatistic, Statistic, Sum, task_vectors
 
-Stage = Generator[Sequence[Statistic], Sequence[Tensor], "Sparse"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Stage = Generator[Sequence[Statistic], Sequence[np.ndarray], "Sparse"]
 
 # mergekit's guard of the divisor when norms are restored.
 _EPSILON = 1e-7
+# Bytes that one unit may keep of its decisions, a bit for each element of each model; a larger one sorts again.
+_MOST_MARKS = 32 << 20
+_NO_MARKS = np.empty((0, 0, 0), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Sparse:
     divide: bool = False
     seed: int = 0
     factors: tuple[float, ...] = ()
+    # What was decided by rank in an earlier sweep, for chunks by tensor and start, as `native_sparse.norms` notes it.
+    marks: Mapping[tuple[str, int], np.ndarray] = field(default_factory=dict, compare=False)
 
     def __call__(self, c: Chunk[Any]) -> Tensor:
         """Sparse task vectors, (n, L). Treat as read-only."""
@@ -73,7 +80,7 @@ class Sparse:
             return None
         from regraft.merge.native import TILE
 
-        like, width = c.dtype, c.info.width
+        like, width = c.arithmetic, c.info.width
         densities = self.densities or (1.0,) * self.n
         always = np.full(self.n, kept_below(1.0), np.uint64)
         return (
@@ -89,6 +96,7 @@ class Sparse:
                 np.array([self._chances(i, width) for i in range(self.n)]),
                 self.divide,
             ),
+            self.marks.get((c.info.name, c.start), _NO_MARKS),
         )
 
     def _chances(self, i: int, width: int) -> tuple[float, float]:
@@ -129,7 +137,7 @@ def middle(unit: Unit[Any], densities: Sequence[float], gammas: Sequence[float])
         return Sparse(unit.n)
     sizes = OrderStatistic(task_vectors, ranks=ranks, absolute=True)
     (found,) = yield [sizes]
-    unit.note(thresholds=found.tolist(), kept=_shares((sizes.upto[:, 1] - sizes.below[:, 0]).clamp(min=0), count))
+    unit.note(thresholds=found.tolist(), kept=_shares(np.maximum(sizes.upto[:, 1] - sizes.below[:, 0], 0), count))
     low, high = found.T.tolist()
     return Sparse(unit.n, tuple(low), tuple(high))
 
@@ -151,30 +159,38 @@ def ranked(
 
 def norms_restored(unit: Unit[Any], sparse: Sparse) -> Stage:
     """Scale what is left of each model so that the L1 norm over the unit is that from before."""
-    (norms,) = yield [_Norms(sparse)]
+    statistic = _Norms(sparse, keep=unit.numel * unit.n // 8 <= _MOST_MARKS)
+    (norms,) = yield [statistic]
     before, after = norms[: unit.n], norms[unit.n :]
-    factors = torch.where(after > _EPSILON, before / after.clamp(min=_EPSILON), torch.ones_like(after)).tolist()
+    factors = np.where(after > _EPSILON, before / np.maximum(after, _EPSILON), 1.0).tolist()
     unit.note(rescaled_by=factors)
-    return sparse.scaled(factors)
+    return replace(sparse.scaled(factors), marks=statistic.marks)
 
 
 class _Norms(Sum):
     """L1 norms of the task vectors and then of what is left of them; result: float64, shape (2 n,)."""
 
-    def __init__(self, sparse: Sparse) -> None:
+    def __init__(self, sparse: Sparse, *, keep: bool) -> None:
         super().__init__(lambda c: torch.cat([c.deltas, sparse(c)]), absolute=True)
         self._sparse = sparse
+        self._keep = keep and bool(sparse.epsilons) and not sparse.divide
+        self.marks: dict[tuple[str, int], np.ndarray] = {}
 
-    def partial(self, chunk: Chunk[Any]) -> Tensor:
+    def partial(self, chunk: Chunk[Any]) -> np.ndarray:
         arguments = self._sparse.compiled(chunk)
         if arguments is None:
             return super().partial(chunk)
         from regraft.merge.native_sparse import norms
 
+        *rest, marks = arguments
+        if self._keep:
+            width = chunk.info.width
+            marks = np.empty((chunk.n, -(-chunk.length // width), -(-width // 8)), np.uint8)
+            self.marks[chunk.info.name, chunk.start] = marks
         out = np.empty((2 * self._sparse.n, -(-chunk.length // chunk.block)))
-        norms(*arguments, chunk.block, out[: self._sparse.n], out[self._sparse.n :])
-        return torch.from_numpy(out)
+        norms(*rest, marks, chunk.block, out[: self._sparse.n], out[self._sparse.n :])
+        return out
 
 
-def _shares(counts: Tensor, numel: int) -> list[float]:
+def _shares(counts: np.ndarray, numel: int) -> list[float]:
     return [round(int(n) / numel, 6) for n in counts]

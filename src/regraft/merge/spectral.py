@@ -14,14 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from regraft.merge.consensus import TaskVectorOptions, added, changed
 from regraft.merge.rule import Chunk, Combine, Rule, Unit, rule
 from regraft.methods import Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 O = TypeVar("O", bound=TaskVectorOptions)  # noqa: E741
 

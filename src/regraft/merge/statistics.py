@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from regraft.checkpoint.tensor import BLOCK
-from regraft.merge.kernels import block_grams, block_sums, stored, stored_grams
+from regraft.merge.kernels import Values, array, block_grams, block_sums, in_rows, stored, stored_grams
 from regraft.merge.rule import Chunk
 from regraft.merge.selection import OrderStatistic, models, task_vectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["ColumnSums", "Gram", "MinMax", "OrderStatistic", "RowSums", "Statistic", "Sum", "models", "task_vectors"]
 
@@ -38,13 +41,13 @@ class Statistic(Protocol):
         ...
 
     @property
-    def result(self) -> Tensor: ...
+    def result(self) -> np.ndarray: ...
 
 
 class Sum:
     """Sum over all elements of each row of `f(chunk)`; result: float64, shape (rows,).
 
-    `f` returns (rows, L) or (L,) (one row). Non-finite values give a non-finite sum.
+    `f` returns (rows, L) or (L,) (one row), a tensor or an array. Non-finite values give a non-finite sum.
 
     Args:
         f: chunk -> values.
@@ -53,18 +56,18 @@ class Sum:
 
     sweeps = 1
 
-    def __init__(self, f: Callable[[Chunk[Any]], Tensor], *, absolute: bool = False) -> None:
+    def __init__(self, f: Callable[[Chunk[Any]], Values], *, absolute: bool = False) -> None:
         self._f, self._absolute = f, absolute
         self._lock = threading.Lock()
-        self._partials: list[Tensor] = []
-        self.result = torch.empty(0, dtype=torch.float64)
+        self._partials: list[np.ndarray] = []
+        self.result = np.empty(0)
 
     def begin(self, numel: int) -> None:
         self._partials.clear()
 
-    def partial(self, chunk: Chunk[Any]) -> Tensor:
+    def partial(self, chunk: Chunk[Any]) -> np.ndarray:
         """Sums over the chunk's blocks, (rows, blocks)."""
-        return block_sums(torch.atleast_2d(chunk.computed(self._f)), absolute=self._absolute, block=chunk.block)
+        return block_sums(in_rows(chunk.computed(self._f)), absolute=self._absolute, block=chunk.block)
 
     def observe(self, chunk: Chunk[Any]) -> None:
         sums = self.partial(chunk)
@@ -72,8 +75,8 @@ class Sum:
             self._partials.append(sums)
 
     def finish(self) -> bool:
-        rows = torch.cat(self._partials, 1).tolist()
-        self.result = torch.tensor([_exact_sum(row) for row in rows], dtype=torch.float64)
+        rows = np.concatenate(self._partials, 1).tolist()
+        self.result = np.array([_exact_sum(row) for row in rows])
         self._partials.clear()
         return True
 
@@ -83,11 +86,11 @@ class Gram:
 
     sweeps = 1
 
-    def __init__(self, f: Callable[[Chunk[Any]], Tensor]) -> None:
+    def __init__(self, f: Callable[[Chunk[Any]], Values]) -> None:
         self._f = f
         self._lock = threading.Lock()
-        self._partials: list[Tensor] = []
-        self.result = torch.empty(0, dtype=torch.float64)
+        self._partials: list[np.ndarray] = []
+        self.result: np.ndarray = np.empty(0)
 
     def begin(self, numel: int) -> None:
         self._partials.clear()
@@ -103,10 +106,10 @@ class Gram:
             self._partials.append(grams)
 
     def finish(self) -> bool:
-        stacked = torch.cat(self._partials)
+        stacked = np.concatenate(self._partials)
         rows = stacked.shape[-1]
         columns = stacked.reshape(stacked.shape[0], -1).T.tolist()
-        self.result = torch.tensor([_exact_sum(c) for c in columns], dtype=torch.float64).view(rows, rows)
+        self.result = np.array([_exact_sum(c) for c in columns], dtype=np.float64).reshape(rows, rows)
         self._partials.clear()
         return True
 
@@ -129,15 +132,15 @@ class RowSums:
     def __init__(self, f: Callable[[Chunk[Any]], Tensor], width: int) -> None:
         self._f, self._width = f, width
         self._lock = threading.Lock()
-        self._parts: list[tuple[int, Tensor]] = []
-        self.result = torch.empty(0, dtype=torch.float64)
+        self._parts: list[tuple[int, np.ndarray]] = []
+        self.result = np.empty(0)
 
     def begin(self, numel: int) -> None:
         self._runs = numel // self._width
         self._parts.clear()
 
     def observe(self, chunk: Chunk[Any]) -> None:
-        values = chunk.computed(self._f)
+        values = torch.as_tensor(chunk.computed(self._f))
         parts = []
         for offset in range(0, values.shape[1], BLOCK):
             block = values[:, offset : offset + BLOCK].to(torch.float64)
@@ -147,13 +150,13 @@ class RowSums:
             edges = [min((run + 1) * self._width, stop) for run in range(first, last + 1)]
             lengths = torch.tensor([edge - low for low, edge in zip([start, *edges], edges, strict=False)])
             sums = torch.segment_reduce(block.T.contiguous(), "sum", lengths=lengths.to(block.device), axis=0)
-            parts.append((start, sums.T.cpu()))
+            parts.append((start, array(sums.T.cpu())))
         with self._lock:
             self._parts += parts
 
     def finish(self) -> bool:
         rows = self._parts[0][1].shape[0] if self._parts else 0
-        self.result = torch.zeros((rows, self._runs), dtype=torch.float64)
+        self.result = np.zeros((rows, self._runs))
         for start, sums in sorted(self._parts, key=lambda part: part[0]):
             first = start // self._width
             self.result[:, first : first + sums.shape[1]] += sums
@@ -173,27 +176,28 @@ class ColumnSums:
     def __init__(self, f: Callable[[Chunk[Any]], Tensor], width: int) -> None:
         self._f, self._width = f, width
         self._lock = threading.Lock()
-        self._early: dict[int, Tensor] = {}
+        self._early: dict[int, np.ndarray] = {}
         self._next = 0
-        self.result = torch.empty(0, dtype=torch.float64)
+        self.result = np.empty(0)
 
     def begin(self, numel: int) -> None:
         self._early.clear()
         self._next = 0
-        self.result = torch.empty(0, dtype=torch.float64)
+        self.result = np.empty(0)
 
     def observe(self, chunk: Chunk[Any]) -> None:
-        values = chunk.computed(self._f).cpu()
+        values = array(chunk.computed(self._f).cpu())
         with self._lock:
             # A chunk's memory is used again as soon as this returns.
-            self._early[chunk.start] = values if chunk.start == self._next else values.clone()
-            if self.result.numel() == 0:
-                self.result = torch.zeros((values.shape[0], self._width), dtype=torch.float64)
+            self._early[chunk.start] = values if chunk.start == self._next else values.copy()
+            if self.result.size == 0:
+                self.result = np.zeros((values.shape[0], self._width))
             while self._next in self._early:
-                for block in self._early.pop(self._next).split(BLOCK, 1):
-                    self._add(block.to(torch.float64).contiguous())
+                part = self._early.pop(self._next)
+                for at in range(0, part.shape[1], BLOCK):
+                    self._add(part[:, at : at + BLOCK].astype(np.float64))
 
-    def _add(self, block: Tensor) -> None:
+    def _add(self, block: np.ndarray) -> None:
         """Add what comes next: the end of a run, whole runs, the beginning of one."""
         length = block.shape[1]
         column = self._next % self._width
@@ -215,21 +219,24 @@ class MinMax:
 
     sweeps = 1
 
-    def __init__(self, f: Callable[[Chunk[Any]], Tensor]) -> None:
+    def __init__(self, f: Callable[[Chunk[Any]], Values]) -> None:
         self._f = f
         self._lock = threading.Lock()
-        self.result = torch.empty(0)
+        self.result = np.empty(0)
 
     def begin(self, numel: int) -> None:
-        self.result = torch.empty(0)
+        self.result = np.empty(0)
 
     def observe(self, chunk: Chunk[Any]) -> None:
-        values = torch.atleast_2d(chunk.computed(self._f))
-        found = torch.stack([values.amin(1), values.amax(1)], 1).cpu()
+        values = in_rows(chunk.computed(self._f))
+        if not isinstance(values, np.ndarray):
+            found = array(torch.stack([values.amin(1), values.amax(1)], 1).cpu())
+        else:
+            found = np.stack([values.min(1), values.max(1)], 1)
         with self._lock:
-            if self.result.numel():
-                low = torch.minimum(self.result[:, 0], found[:, 0])
-                found = torch.stack([low, torch.maximum(self.result[:, 1], found[:, 1])], 1)
+            if self.result.size:
+                low = np.minimum(self.result[:, 0], found[:, 0])
+                found = np.stack([low, np.maximum(self.result[:, 1], found[:, 1])], 1)
             self.result = found
 
     def finish(self) -> bool:

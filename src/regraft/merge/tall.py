@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
-from typing_extensions import Self
 
 from regraft.merge.consensus import Density, TaskVectorOptions, changed, elected, total
 from regraft.merge.rule import Chunk, Combine, OneModel, PerModel, Unit, rule
@@ -17,7 +15,12 @@ from regraft.merge.sparsify import largest
 from regraft.merge.statistics import Statistic
 from regraft.methods import Options, Paper
 
-Merged = Callable[[Chunk[Any]], Tensor]  # a chunk -> the merged task vector that masks choose from, (L,)
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+    from typing_extensions import Self
+
+Merged: TypeAlias = Callable[[Chunk[Any]], "Tensor"]  # a chunk -> the merged task vector that masks choose from, (L,)
 
 tall_rule = partial(
     rule,
@@ -67,7 +70,7 @@ def summed(c: Chunk[Any]) -> Tensor:
     return total(c.deltas, c.options.weight, False)
 
 
-def trimmed_and_elected(unit: Unit[Any]) -> Generator[Sequence[Statistic], Sequence[Tensor], Merged]:
+def trimmed_and_elected(unit: Unit[Any]) -> Generator[Sequence[Statistic], Sequence[np.ndarray], Merged]:
     """A stage that gives the merged task vector of TIES: trimmed, and the entries of the elected sign summed."""
     sparse = yield from largest(unit, unit.options.density)
     return lambda c: elected(sparse(c), c.options.weight, False)

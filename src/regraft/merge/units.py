@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from regraft.checkpoint.tensor import Scratch, TensorSource, numel, read_rows
+from regraft.checkpoint.tensor import StoredRows, TensorSource, numel, read_rows
 from regraft.merge.jobs import DEFAULT_CHUNK, Job
 from regraft.merge.rule import Chunk, Steps, Unit
 from regraft.merge.statistics import Statistic
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # A statistic that wants to look at a sample first sees this many runs of elements from all over a tensor, or the model.
 _SAMPLES, _SAMPLES_OF_MODEL = 8, 128
@@ -35,7 +39,7 @@ class UnitState:
     def numel(self) -> int:
         return sum(job.info.numel for job in self.jobs)
 
-    def sample(self, device: torch.device) -> Chunk[Any]:
+    def sample(self, device: torch.device | None) -> Chunk[Any]:
         """Runs of elements from all over the unit, one after another as if they were one chunk."""
         step = max(self.numel // (_SAMPLES if len(self.jobs) == 1 else _SAMPLES_OF_MODEL), 1)
         pieces: list[Chunk[Any]] = []
@@ -45,11 +49,20 @@ class UnitState:
                 length = -(-_SAMPLE_LENGTH // job.grain) * job.grain
                 start = min(wanted - passed, max(job.info.numel - length, 0)) // job.grain * job.grain
                 stop = min(start + length, job.info.numel)
-                pieces.append(read_chunk(job, start, stop, device))
+                pieces.append(as_chunk(job, start, read_rows(job.sources, start, stop), device))
                 wanted += max(step, length)
             passed += job.info.numel
-        rows = torch.cat([torch.cat([p.models, p.base.unsqueeze(0)]) if p.has_base else p.models for p in pieces], 1)
-        return Chunk(self.jobs[0].info, self.jobs[0].options, 0, rows, pieces[0].has_base)
+        first, rows = pieces[0], [p.stored for p in pieces]
+        joined: Any
+        if first.stored is not None and all(r is not None and r.dtype == first.stored.dtype for r in rows):
+            joined = StoredRows(np.concatenate([r.array for r in rows if r is not None], 1), first.stored.dtype)
+        else:
+            import torch
+
+            joined = torch.cat(
+                [torch.cat([p.models, p.base.unsqueeze(0)]) if p.has_base else p.models for p in pieces], 1
+            )
+        return Chunk(first.info, first.options, 0, joined, first.has_base, first.arithmetic)
 
 
 @dataclass(frozen=True)
@@ -60,10 +73,11 @@ class Task:
     stop: int
 
 
-def read_chunk(job: Job, start: int, stop: int, device: torch.device, scratch: Scratch | None = None) -> Chunk[Any]:
-    """Elements `[start, stop)` of all that a job reads, on a device; with a `scratch`, until its next use."""
-    raw = read_rows(job.sources, start, stop, scratch)
-    rows = raw.to(device) if isinstance(raw, Tensor) else [row.to(device) for row in raw]
+def as_chunk(job: Job, start: int, read: StoredRows | Sequence[Tensor], device: torch.device | None) -> Chunk[Any]:
+    """What was read of a job's sources from element `start` on, on an accelerator if one is given."""
+    rows: Any = read
+    if device is not None:
+        rows = rows.tensor.to(device) if isinstance(rows, StoredRows) else [row.to(device) for row in rows]
     return Chunk(job.info, job.options, start, rows, job.base is not None, job.arithmetic, job.block)
 
 
@@ -72,7 +86,7 @@ def count_non_finite(source: TensorSource) -> tuple[int, int]:
     nans = infinities = 0
     total = numel(source)
     for start in range(0, total, DEFAULT_CHUNK):
-        values = source.read(start, min(start + DEFAULT_CHUNK, total)).to(torch.float64)
-        nans += int(torch.isnan(values).sum())
-        infinities += int(torch.isinf(values).sum())
+        values = source.read(start, min(start + DEFAULT_CHUNK, total)).double()
+        nans += int(values.isnan().sum())
+        infinities += int(values.isinf().sum())
     return nans, infinities

@@ -9,6 +9,7 @@ from typing import Any
 
 from regraft.adapters.merged import Combination, Computing
 from regraft.checkpoint import Checkpoint, Ref, parse_ref
+from regraft.checkpoint.dtypes import DTYPES
 from regraft.checkpoint.model import open_local
 from regraft.errors import UserError
 from regraft.merge.jobs import Job, scope_option
@@ -49,7 +50,7 @@ def combine_adapters(
             if rule.combination is not None:
                 why, fix = f"with weights that do not add up to 1 {why}", "add normalize: true"
             raise UserError("RG309", f"{rule.name} {why}", where=step.where, fix=fix)
-    dtype = jobs[0].out_dtype if step.out_dtype or step.dtype else None
+    dtype = DTYPES[jobs[0].out_dtype] if step.out_dtype or step.dtype else None
     how = Computing(settings.workers, settings.device, settings.allow_nan)
     return Combination(origin, template.checkpoint, jobs, step.cut, dtype=dtype, how=how, where=step.where)
 

@@ -7,26 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from regraft.axes import Layout, Modules
 from regraft.checkpoint import TensorSource
+from regraft.checkpoint.dtypes import from_torch_name, is_float
+from regraft.checkpoint.tensor import stored_dtype
 from regraft.errors import UserError
 from regraft.merge.jobs import Job
 from regraft.merge.rule import Rule, TensorInfo
 from regraft.recipe.document import Input, MergeStep, Setting
+from regraft.recipe.fields import DTYPES as FLOATS
 from regraft.recipe.fit import Member, matching
 from regraft.recipe.planned import PlannedCheckpoint
 from regraft.recipe.resolve import Resolver
-
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-    "float8_e5m2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +158,9 @@ class Builder:
         `layers`: in slices, the layer that each input contributes. `giver`: that model, if not the template.
         """
         out = info.name
-        if not reference.dtype.is_floating_point or any(p.search(out) for p in self.excluded):
-            dtype = self.dtype if self.dtype and reference.dtype.is_floating_point else reference.dtype
+        if not is_float(stored_dtype(reference)) or any(p.search(out) for p in self.excluded):
+            own = stored_dtype(reference)
+            dtype = self.dtype if self.dtype and is_float(own) else own
             return Job(info, (reference,), dtype, labels=((giver or self.template).name,))
         sources = tuple(
             self._source(self.members[one.model], name, reference, layers[i] if layers else None)
@@ -183,7 +176,7 @@ class Builder:
         options = self.resolver.options(out, depth, list(piece.inputs), levels, theirs)
         labels = (*(i.model for i in piece.inputs), piece.base or "")
         double = self.step.dtype == "float64"
-        return Job(info, sources, self.dtype or reference.dtype, self.rule, options, base, labels, double)
+        return Job(info, sources, self.dtype or stored_dtype(reference), self.rule, options, base, labels, double)
 
     def _source(self, member: Member, name: str, reference: TensorSource, layer: int | None) -> TensorSource:
         own = self.layouts[member.name]
@@ -274,8 +267,8 @@ def _length(piece: Piece, step: MergeStep) -> int:
     return lengths.pop()
 
 
-def _dtype(name: str, step: MergeStep) -> torch.dtype:
-    if name not in _DTYPES:
-        what = f"dtype {name!r} is not one of {', '.join(_DTYPES)}"
+def _dtype(name: str, step: MergeStep) -> str:
+    if name not in FLOATS:
+        what = f"dtype {name!r} is not one of {', '.join(FLOATS)}"
         raise UserError("RG303", what, where=step.where, fix="change dtype")
-    return _DTYPES[name]
+    return from_torch_name(name)

@@ -9,12 +9,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from regraft.checkpoint.tensor import MemoryTensor, nbytes
+from regraft.checkpoint.tensor import StoredTensor, TensorSource, nbytes, stored_dtype
 from regraft.merge.diagnostics import TaskVectorStatistics
 from regraft.merge.engine import run_jobs
-from regraft.merge.jobs import DEFAULT_CHUNK, Job, predict_memory
+from regraft.merge.jobs import DEFAULT_CHUNK, Job, all_compiled, predict_memory
+from regraft.merge.kernels import narrow
 from regraft.merge.rule import TensorInfo
 
 # Disk and page cache, both ways: what a laptop's solid-state disk sustains. Only the estimate depends on it.
@@ -22,8 +23,8 @@ _BYTES_PER_SECOND = 1.0e9
 # What a run adds to the program whatever it computes: compiled loops, and what allocators keep for threads (measured).
 RUN_BYTES = 130 << 20
 # What looking at the task vectors of real tensors adds to that of a sample: pieces of many sizes, whose memory the
-# allocator keeps (measured).
-_OBSERVER_BYTES = 75 << 20
+# allocators keep, those of torch more than those of compiled loops (measured).
+_OBSERVER_BYTES, _OBSERVER_BYTES_COMPILED = 75 << 20, 20 << 20
 # Chunks that each worker gets of a sample, so that memory which is used again is not counted again.
 _CHUNKS = 2
 _SAMPLE_SECONDS = 0.002
@@ -73,7 +74,8 @@ def estimate(jobs: Sequence[Job], bytes_moved: int, *, workers: int, chunk: int,
     seconds = moved + per_element * sum(j.info.numel for j in merged)
     measurable = sys.platform == "linux" and cut and device == "cpu"
     held = sum(nbytes(source) for job in sample for source in job.sources)
-    measured = peak.bytes - held + (_OBSERVER_BYTES if largest.base is not None else 0)
+    observer = _OBSERVER_BYTES_COMPILED if all_compiled(jobs, device) else _OBSERVER_BYTES
+    measured = peak.bytes - held + (observer if largest.base is not None else 0)
     return Estimate(seconds, measured if measurable else computed)
 
 
@@ -85,15 +87,18 @@ def _run(sample: Sequence[Job], workers: int, chunk: int) -> None:
 
 def _sample(job: Job, shape: tuple[int, ...], number: int) -> Job:
     """A job like this one on random numbers."""
-    generator = torch.Generator().manual_seed(number)
+    generator = np.random.default_rng(number)
     name = f"sample {number}"
     info = TensorInfo(name, shape, job.info.layer, job.info.num_layers, job.info.stack)
-    base = torch.randn(shape, generator=generator)
-    models = tuple(
-        MemoryTensor(name, (base + 0.01 * torch.randn(shape, generator=generator)).to(source.dtype))
-        for source in job.models
-    )
-    reference = MemoryTensor(name, base.to(job.base.dtype)) if job.base is not None else None
+    base = generator.standard_normal(info.numel, np.float32)
+
+    def near(source: TensorSource, distance: float) -> StoredTensor:
+        values = base + np.float32(distance) * generator.standard_normal(info.numel, np.float32)
+        stored = stored_dtype(source)
+        return StoredTensor(name, shape, stored, narrow(values, stored)[0])
+
+    models = tuple(near(source, 0.01) for source in job.models)
+    reference = near(job.base, 0.0) if job.base is not None else None
     return Job(info, models, job.out_dtype, job.rule, job.options, reference, double=job.double)
 
 

@@ -14,14 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from regraft.checkpoint.card import write_card
+from regraft.checkpoint.dtypes import main_dtype, torch_name
 from regraft.checkpoint.lineage import InputRecord, Lineage, Output, fold_names, group_options
 from regraft.checkpoint.output import DISK_FULL
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars
 from regraft.checkpoint.surroundings import surroundings
-from regraft.checkpoint.tensor import main_dtype
 from regraft.checkpoint.writer import ModelWriter
 from regraft.errors import UserError, UserWarningMessage
 from regraft.merge.diagnostics import TaskVectorStatistics
@@ -167,7 +165,7 @@ def begin(plan: MergePlan, recipe: Recipe) -> Lineage:
             tensors=len(plan.specs),
             parameters=sum(j.info.numel for j in plan.jobs),
             bytes=plan.bytes_out,
-            dtype=str(_main_dtype(plan)).removeprefix("torch."),
+            dtype=_main_dtype(plan),
         ),
         licence=plan.licence.licence,
     )
@@ -179,9 +177,9 @@ def _tokenizer_source(plan: MergePlan) -> str:
     return plan.step.tokenizer_from or plan.template.name
 
 
-def _main_dtype(plan: MergePlan) -> torch.dtype:
+def _main_dtype(plan: MergePlan) -> str:
     """What the configuration says."""
-    return main_dtype((job.out_dtype, job.info.numel) for job in plan.jobs)
+    return torch_name(main_dtype((job.out_dtype, job.info.numel) for job in plan.jobs))
 
 
 def _remarks(outcome: Outcome, settings: Settings) -> list[str]:

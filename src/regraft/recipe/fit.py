@@ -9,6 +9,8 @@ from functools import lru_cache
 
 from regraft.axes import Layout
 from regraft.checkpoint import Checkpoint, TensorSource
+from regraft.checkpoint.dtypes import is_float
+from regraft.checkpoint.tensor import stored_dtype
 from regraft.errors import UserError
 from regraft.inspect.config_keys import config_differences
 from regraft.inspect.obstacles import LABEL_KEYS, Model, of_architecture, of_config, of_vocabulary
@@ -167,7 +169,7 @@ def unexpected(
     known = set(template.checkpoint.tensors) | set(template.checkpoint.aliases)
     for other in others:
         for name, source in other.checkpoint.tensors.items():
-            if name in known or not source.dtype.is_floating_point or any(p.search(name) for p in excluded):
+            if name in known or not is_float(stored_dtype(source)) or any(p.search(name) for p in excluded):
                 continue
             if layout.place(name).role == "buffer" or not within(name):
                 continue

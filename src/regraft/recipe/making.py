@@ -13,9 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from regraft.adapters.folder import WEIGHTS
 from regraft.checkpoint import Checkpoint, open_checkpoint, read_safetensors
@@ -24,6 +22,7 @@ from regraft.checkpoint.licences import LicenceVerdict, combine
 from regraft.checkpoint.lineage import InputRecord, Lineage, OptionGroup, Output
 from regraft.checkpoint.output import OutputFolder
 from regraft.checkpoint.sidecars import copy_licences, copy_sidecars, copy_tokenizer
+from regraft.checkpoint.tensor import stored_dtype
 from regraft.checkpoint.writer import TensorSpec
 from regraft.errors import UserError
 from regraft.methods import Options, method
@@ -35,6 +34,9 @@ from regraft.recipe.progress import Progress
 from regraft.recipe.settings import Settings
 from regraft.train import processes
 from regraft.train.processes import Team
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 1
 
@@ -88,7 +90,9 @@ class MakePlan:
         tensors: dict[str, Any] = {}
         config = dict(source.config)
         if self.maker.same_tensors(self.options):
-            tensors = {name: PlannedTensor(TensorSpec(name, t.shape, t.dtype)) for name, t in source.tensors.items()}
+            tensors = {
+                name: PlannedTensor(TensorSpec(name, t.shape, stored_dtype(t))) for name, t in source.tensors.items()
+            }
         else:
             config["regraft"] = {"planned": self.step.verb}
         return PlannedCheckpoint(self.step.name, source.path, tensors, {}, config, dict(source.files), key=self.key)
@@ -209,7 +213,7 @@ def make(
         if made.adapter is not None:
             facts = _write_adapter(folder.staging, made, source, lineage)
         else:
-            dtype = next(made.model.parameters()).dtype
+            dtype = _dtype(next(made.model.parameters()).dtype)
             copy_sidecars(folder.staging, config_from=source, tokenizer_from=source, config_changes={}, dtype=dtype)
             surgery.save(made.model, folder.staging)
             lineage.surgeries = surgery.surgeries_of(made.model.config)
@@ -259,14 +263,19 @@ def _write_adapter(staging: Path, made: Any, base: Checkpoint, lineage: Lineage)
     return AdapterFacts(base, class_name, "A LoRA adapter, trained by `regraft`.", tokenizer=True)
 
 
-def _output(folder: Path, model: Any, dtype: torch.dtype) -> Output:
+def _dtype(dtype: torch.dtype) -> str:
+    """What configurations call it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _output(folder: Path, model: Any, dtype: str) -> Output:
     weights = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
     parameters = list(model.parameters())
     return Output(
         tensors=len(parameters),
         parameters=sum(p.numel() for p in parameters),
         bytes=sum(path.stat().st_size for path in weights),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
     )
 
 
@@ -335,16 +344,15 @@ def export(folder: Path, out: Path, *, force: bool = False) -> Lineage:
     with OutputFolder(out, force=force) as output:
         model = surgery.load(folder)
         dense = surgery.export(model)
-        copy_sidecars(
-            output.staging, config_from=checkpoint, tokenizer_from=checkpoint, config_changes={}, dtype=dense.dtype
-        )
+        dtype = _dtype(dense.dtype)
+        copy_sidecars(output.staging, config_from=checkpoint, tokenizer_from=checkpoint, config_changes={}, dtype=dtype)
         copy_licences(output.staging, [checkpoint])
         surgery.save(dense, output.staging)
         lineage = Lineage(
             kind="export",
             method="export",
             inputs=[InputRecord.sampled(checkpoint, folder.name, "model")],
-            output=_output(output.staging, dense, dense.dtype),
+            output=_output(output.staging, dense, dtype),
             licence=combine([checkpoint]).licence,
         )
         lineage.finish()

@@ -88,7 +88,7 @@ class MergePlan:
             "inputs": [order[id(m.checkpoint)] for m in self.inputs],
             "base": order[id(self.base.checkpoint)] if self.base else None,
             "template": order[id(self.template.checkpoint)],
-            "tensors": [[s.name, list(s.shape), str(s.dtype)] for s in self.specs],
+            "tensors": [[s.name, list(s.shape), s.dtype] for s in self.specs],
             "options": [
                 [[s.name for s in j.models], j.options.model_dump(mode="json") if j.options and j.rule else None]
                 for j in self.jobs

@@ -11,9 +11,10 @@ from typing import Any
 
 from regraft.checkpoint import Checkpoint, open_checkpoint
 from regraft.checkpoint.device import usable_device
+from regraft.checkpoint.dtypes import torch_name
 from regraft.checkpoint.output import reserved, unfinished_in
 from regraft.errors import UserError
-from regraft.merge.jobs import Job, default_chunk, default_workers, fit_memory
+from regraft.merge.jobs import Job, all_compiled, default_chunk, default_workers, fit_memory
 from regraft.methods import Options, method
 from regraft.recipe.document import EvaluateStep, Input, MakeStep, MergeStep, Recipe
 from regraft.recipe.estimate import RUN_BYTES, Estimate, estimate, process_memory
@@ -116,7 +117,7 @@ def _describe(plan: MergePlan | MakePlan | EvaluatePlan) -> dict[str, Any]:
         "parameters": sum(job.info.numel for job in plan.jobs),
         "bytes_read": plan.bytes_in,
         "bytes_written": plan.bytes_out,
-        "dtypes": sorted({str(s.dtype).removeprefix("torch.") for s in plan.specs}),
+        "dtypes": sorted({torch_name(s.dtype) for s in plan.specs}),
         "licence": plan.licence.licence,
         "config_changes": plan.config_changes,
         "vocabulary": plan.vocabulary.report if plan.vocabulary is not None else None,
@@ -231,8 +232,9 @@ class Members:
 
 def size_run(jobs: list[Job], settings: Settings) -> tuple[int, int]:
     """(workers, chunk) within the limits that the user sets."""
-    device = usable_device(settings.device)
-    workers, chunk = settings.workers or default_workers(), settings.chunk or default_chunk(device)
+    if not all_compiled(jobs, settings.device):
+        usable_device(settings.device)  # which imports torch, so that its memory is counted below
+    workers, chunk = settings.workers or default_workers(), settings.chunk or default_chunk(settings.device)
     if settings.max_memory is not None:
         room = max(0, settings.max_memory - process_memory() - RUN_BYTES)
         workers, chunk = fit_memory(jobs, room, workers=workers, chunk=chunk)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from regraft.checkpoint import Checkpoint
+from regraft.checkpoint.dtypes import DTYPES
 from regraft.checkpoint.writer import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PlannedTensor:
     """A tensor that an earlier step will write; known by header only."""
 
     def __init__(self, spec: TensorSpec) -> None:
-        self.name, self.shape, self.dtype = spec.name, spec.shape, spec.dtype
+        self.name, self.shape, self.stored = spec.name, spec.shape, spec.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.stored]
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         raise RuntimeError(f"{self.name} belongs to a step that has not run yet")

@@ -54,7 +54,7 @@ def device_of(options: TeacherOptions) -> torch.device | None:
     """
     if options.teacher_device is None:
         return None
-    return usable_device(options.teacher_device, fix="change teacher_device, or leave it out", dtype=torch.float32)
+    return usable_device(options.teacher_device, fix="change teacher_device, or leave it out", dtype="float32")
 
 
 @dataclass

@@ -15,12 +15,16 @@ more. The divergence is computed in float64 (in float32 its rounding is larger t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from regraft.merge.rule import Chunk, Steps, Unit, rule
 from regraft.merge.statistics import OrderStatistic
 from regraft.methods import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SPREADS = 1.5  # interquartile ranges above the median
 _EPSILON = 1e-8
@@ -44,7 +48,7 @@ def arcee_fusion(unit: Unit[Options]) -> Steps:
     unit.note(threshold=float(threshold))
 
     def combine(c: Chunk[Options]) -> Tensor:
-        return torch.where(_importance(c) >= threshold.to(c.device), c.models[0], c.base)
+        return torch.where(_importance(c) >= float(threshold), c.models[0], c.base)
 
     return combine
 

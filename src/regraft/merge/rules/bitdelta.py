@@ -16,13 +16,16 @@ models are not the paper's.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from regraft.checkpoint.onebit import rises, stepped, takes_bits
 from regraft.merge.consensus import TaskVectorOptions, added, blended, changed
 from regraft.merge.rule import Chunk, Steps, Unit, rule
 from regraft.merge.statistics import Sum, task_vectors
 from regraft.methods import Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @rule(

@@ -18,16 +18,18 @@ elects "+", as in the other rules; the official code elects "−". One model com
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from regraft.merge.consensus import changed, winners
 from regraft.merge.rule import Chunk, OneModel, Steps, Unit, rule
 from regraft.merge.statistics import Sum
 from regraft.methods import Options, Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class EmrOptions(Options):

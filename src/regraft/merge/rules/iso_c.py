@@ -17,10 +17,13 @@ there are workers.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from regraft.merge.consensus import TaskVectorOptions, added
 from regraft.merge.spectral import ISOTROPIC, matrix_rule, polar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @matrix_rule(

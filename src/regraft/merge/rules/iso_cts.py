@@ -19,12 +19,16 @@ Whole matrices are in memory, as many as there are workers.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from regraft.merge.consensus import TaskVectorOptions, added
 from regraft.merge.spectral import ISOTROPIC, leading, matrix_rule, polar, tolerance
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class IsoCtsOptions(TaskVectorOptions):

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
 from pydantic import Field
-from torch import Tensor
 
 from regraft.merge.consensus import blended
 from regraft.merge.rule import Copy, Steps, Unit, rule
@@ -35,6 +34,7 @@ class KarcherOptions(Options):
 @rule(
     summary="mean of the models' directions on the sphere, with the mean of their norms",
     options=KarcherOptions,
+    compiled=lambda _: True,
     papers=[
         Paper("Functionality-Oriented LLM Merging on the Fisher-Rao Manifold", "Wang, Ye, Yin", "2026", "2603.04972")
     ],
@@ -43,36 +43,36 @@ def karcher(unit: Unit[KarcherOptions]) -> Steps:
     if unit.n == 1:
         return Copy(0)
     (gram,) = yield [Gram(models)]
-    norms = gram.diagonal().sqrt()
-    moving = (norms > 0).nonzero().flatten()
+    norms = np.sqrt(gram.diagonal())
+    moving = np.flatnonzero(norms > 0)
     if len(moving) == 0:
         return Copy(0)
     lengths = norms[moving]
-    cosines = gram[moving][:, moving] / lengths.outer(lengths)
+    cosines = gram[moving][:, moving] / np.outer(lengths, lengths)
     mean, iterations = _mean(cosines, unit.options)
     unit.note(iterations=iterations)
-    weights = torch.zeros_like(norms)
+    weights = np.zeros_like(norms)
     weights[moving] = norms.mean() * mean / lengths
     return blended(weights.tolist(), has_base=False)
 
 
-def _mean(cosines: Tensor, o: KarcherOptions) -> tuple[Tensor, int]:
+def _mean(cosines: np.ndarray, o: KarcherOptions) -> tuple[np.ndarray, int]:
     """Coefficients of the mean of unit vectors with these inner products, (n,), and how many steps it took."""
 
-    def length(x: Tensor) -> float:
-        return float((x @ cosines @ x).clamp(min=0).sqrt())
+    def length(x: np.ndarray) -> float:
+        return math.sqrt(max(float(x @ cosines @ x), 0.0))
 
     n = len(cosines)
-    mean = torch.full_like(cosines[0], 1 / n)
+    mean = np.full_like(cosines[0], 1 / n)
     if length(mean) < o.tol:  # they cancel out: from the first one on
-        mean = torch.zeros_like(mean)
+        mean = np.zeros_like(mean)
         mean[0] = 1
     mean = mean / length(mean)
     for step in range(o.max_iter):
-        dots = (cosines @ mean).clamp(-1, 1)
-        sines = (1 - dots.square()).sqrt()
+        dots = np.clip(cosines @ mean, -1, 1)
+        sines = np.sqrt(1 - dots**2)
         # One that is where the mean is does not pull, and one on the other side has no direction to pull in.
-        pull = torch.where(sines < o.tol, 0.0, dots.acos() / sines.clamp(min=o.tol) / n)
+        pull = np.where(sines < o.tol, 0.0, np.arccos(dots) / np.maximum(sines, o.tol) / n)
         move = pull - (pull @ dots) * mean
         angle = length(move)
         if angle < o.tol:

@@ -17,16 +17,18 @@ needs a base and is not the paper's default.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from regraft.errors import UserError
 from regraft.merge.consensus import added, changed
 from regraft.merge.rule import Chunk, Copy, Steps, Unit, rule
 from regraft.merge.statistics import Sum
 from regraft.methods import Options, Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TASK, _LANGUAGE = 0, 1
 

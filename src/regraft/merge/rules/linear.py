@@ -18,10 +18,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydantic import Field
-from torch import Tensor
 
-from regraft.merge.kernels import mixture, weighted_sum
-from regraft.merge.rule import REQUIRED, Chunk, Combine, Copy, PerModel, Unit, rule
+from regraft.merge.kernels import mixture, models_sum
+from regraft.merge.rule import REQUIRED, Combine, Copy, PerModel, Unit, rule
 from regraft.methods import Options, Paper
 
 
@@ -57,6 +56,7 @@ def _combination(options: LinearOptions) -> Sequence[float] | None:
             28,
         )
     ],
+    compiled=lambda _: True,
     combination=_combination,
     mergekit_defaults={"weight": REQUIRED},
 )
@@ -68,9 +68,6 @@ def linear(unit: Unit[LinearOptions]) -> Combine | Copy:
     if len(active) == 1 and share[active[0]] == 1:
         return Copy(active[0])
 
-    def combine(c: Chunk[LinearOptions]) -> Tensor:
-        if not anchored:
-            return weighted_sum(c.models, share)
-        return mixture(c, share, active[0])
-
-    return combine
+    if not anchored:
+        return lambda c: models_sum(c, share)
+    return lambda c: mixture(c, share, active[0])

@@ -14,12 +14,11 @@ norms below 1e-6 count as 1e-6, so that tensors which hardly move stay near the 
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 from pydantic import Field
-from torch import Tensor
 
 from regraft.merge.consensus import added, blended, changed, of_runs
-from regraft.merge.rule import Chunk, Steps, Unit, rule
+from regraft.merge.rule import Steps, Unit, rule
 from regraft.merge.statistics import Gram, RowSums, task_vectors
 from regraft.methods import Options, Paper
 
@@ -33,6 +32,7 @@ class ModelStockOptions(Options):
     options=ModelStockOptions,
     needs_base=True,
     min_models=2,
+    compiled=lambda o: not o.filter_wise,
     papers=[
         Paper("Model Stock: All we need is just a few fine-tuned models", "Jang et al.", "ECCV 2024", "2403.19522")
     ],
@@ -49,12 +49,12 @@ def model_stock(unit: Unit[ModelStockOptions]) -> Steps:
     else:
         width = max(unit.numel, 1)
         (gram,) = yield [Gram(task_vectors)]
-        products = {(i, j): gram[i, j].view(1) for i, j in pairs}
-    norms = [products[i, i].sqrt() for i in range(n)]
-    cosines = [(products[i, j] / (norms[i] * norms[j]).clamp(min=1e-6)).clamp(-1, 1) for i, j in pairs if i != j]
-    cosine = torch.stack(cosines).mean(0)
+        products = {(i, j): gram[i : i + 1, j] for i, j in pairs}
+    norms = [np.sqrt(products[i, i]) for i in range(n)]
+    cosines = [np.clip(products[i, j] / np.maximum(norms[i] * norms[j], 1e-6), -1, 1) for i, j in pairs if i != j]
+    cosine = np.stack(cosines).mean(0)
     below = 1 + (n - 1) * cosine
-    t = torch.where(below > 1e-6, n * cosine / below.clamp(min=1e-6), torch.zeros_like(cosine))
+    t = np.where(below > 1e-6, n * cosine / np.maximum(below, 1e-6), 0.0)
     if bool((below <= 1e-6).any()):
         unit.warn(f"the models pull {unit.name} in opposite directions; model_stock keeps the base there")
     if bool((t < 0).any()):
@@ -63,9 +63,6 @@ def model_stock(unit: Unit[ModelStockOptions]) -> Steps:
         )
     unit.note(t=float(t.mean()), cosine=float(cosine.mean()))
     if len(t) == 1:
-        return blended([float(t) / n] * n, has_base=True)
+        return blended([float(t[0]) / n] * n, has_base=True)
 
-    def combine(c: Chunk[ModelStockOptions]) -> Tensor:
-        return changed(c.base, added(c.deltas) / n * of_runs(t, c, width))
-
-    return combine
+    return lambda c: changed(c.base, added(c.deltas) / n * of_runs(t, c, width))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from pydantic import Field
 
 from regraft.merge.consensus import blended
@@ -40,6 +41,7 @@ class MultislerpOptions(Options):
     summary="weighted mean of directions, with the weighted mean of norms",
     options=MultislerpOptions,
     takes_base=True,
+    compiled=lambda _: True,
     mergekit_defaults={"weight": REQUIRED},
 )
 def multislerp(unit: Unit[MultislerpOptions]) -> Steps:
@@ -52,8 +54,8 @@ def multislerp(unit: Unit[MultislerpOptions]) -> Steps:
         total = 1.0
     weights = [w / total if o.normalize_weights else w for w in o.weight]
     (gram,) = yield [Gram(task_vectors if unit.has_base else models)]
-    norms = gram.diagonal().sqrt().tolist()
-    shares = gram.new_tensor([w / (norm + o.eps) for w, norm in zip(weights, norms, strict=True)])
+    norms = np.sqrt(gram.diagonal()).tolist()
+    shares = np.array([w / (norm + o.eps) for w, norm in zip(weights, norms, strict=True)])
     length = math.sqrt(max(float(shares @ gram @ shares), 0.0))
     unit.note(mean_direction=length)
     if length < max(o.eps, _ROUNDING):

@@ -9,12 +9,16 @@ which matters only for t below that.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
-from torch import Tensor
 
 from regraft.merge.consensus import changed
 from regraft.merge.rule import REQUIRED, Chunk, Combine, Unit, rule
 from regraft.methods import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class NearswapOptions(Options):

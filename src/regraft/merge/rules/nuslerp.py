@@ -16,14 +16,19 @@ are copied. In a mergekit recipe `weight` must be given.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from regraft.merge.consensus import blended, changed, of_runs
 from regraft.merge.rule import REQUIRED, Chunk, Copy, PerModel, Steps, Unit, rule
 from regraft.merge.statistics import ColumnSums, Gram, RowSums, models, task_vectors
 from regraft.methods import Options, Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PARALLEL = 1e-12  # of sin² θ
 _ROUNDING = 1e-12
@@ -47,6 +52,7 @@ class NuslerpOptions(Options):
     min_models=2,
     max_models=2,
     takes_base=True,
+    compiled=lambda o: o.nuslerp_flatten,
     mergekit_defaults={"weight": REQUIRED},
     papers=[Paper("Animating rotation with quaternion curves", "Shoemake", "SIGGRAPH 1985")],
 )
@@ -61,41 +67,44 @@ def nuslerp(unit: Unit[NuslerpOptions]) -> Steps:
     vectors = task_vectors if unit.has_base else models
     if o.nuslerp_flatten or len(info.shape) < 2:
         (gram,) = yield [Gram(vectors)]
-        near, far = _coefficients(unit, gram[_PAIRS].unsqueeze(1), t)
-        return blended((float(near), float(far)), unit.has_base)
+        near, far = _coefficients(unit, gram[_PAIRS][:, None], t)
+        return blended((float(near[0]), float(far[0])), unit.has_base)
     first, second = _PAIRS
 
     def products(c: Chunk[NuslerpOptions]) -> Tensor:
-        return vectors(c)[first] * vectors(c)[second]
+        rows = c.deltas if unit.has_base else c.models
+        return rows[first] * rows[second]
 
     width = info.width if o.nuslerp_row_wise else info.shape[-1]
     (sums,) = yield [(ColumnSums if o.nuslerp_row_wise else RowSums)(products, width)]
     near, far = _coefficients(unit, sums, t)
     excess = near + far - 1
-    excess[excess.abs() < _ROUNDING] = 0  # so that equal entries come back bit for bit
+    excess[abs(excess) < _ROUNDING] = 0  # so that equal entries come back bit for bit
 
-    def spread(values: Tensor, c: Chunk[NuslerpOptions]) -> Tensor:
+    def spread(values: np.ndarray, c: Chunk[NuslerpOptions]) -> Tensor:
         if not o.nuslerp_row_wise:
             return of_runs(values, c, width)
-        return values.to(c.device, c.dtype)[torch.arange(c.start, c.start + c.length, device=c.device) % width]
+        places = torch.arange(c.start, c.start + c.length, device=c.device) % width
+        found: Tensor = c.like(values)[places]
+        return found
 
     def combine(c: Chunk[NuslerpOptions]) -> Tensor:
         if unit.has_base:
             return changed(c.base, spread(near, c) * c.deltas[0] + spread(far, c) * c.deltas[1])
-        a, b = c.models
+        a, b = c.models[0], c.models[1]
         return changed(a, spread(excess, c) * a + spread(far, c) * (b - a))
 
     return combine
 
 
-def _coefficients(unit: Unit[NuslerpOptions], products: Tensor, t: float) -> tuple[Tensor, Tensor]:
+def _coefficients(unit: Unit[NuslerpOptions], products: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
     """Factors of the two vectors, (k,) each, from ⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩, (3, k)."""
-    norms = products[[0, 2]].sqrt().clamp(min=_EPSILON)
-    cosine = (products[1] / norms[0] / norms[1]).clamp(-1, 1)
+    norms = np.maximum(np.sqrt(products[[0, 2]]), _EPSILON)
+    cosine = np.clip(products[1] / norms[0] / norms[1], -1, 1)
     unit.note(cosine=float(cosine.mean()))
-    parallel = 1 - cosine.square() <= _PARALLEL
+    parallel = 1 - cosine**2 <= _PARALLEL
     if bool((parallel & (cosine < 0)).any()):
         unit.warn(f"{unit.name} points in opposite directions in the two models, so that they cancel out")
-    angle = torch.where(parallel, 0.0, cosine).acos()
-    near, far = (torch.sin(share * angle) / torch.sin(angle) for share in (1 - t, t))
-    return torch.where(parallel, 1 - t, near), torch.where(parallel, t, far)
+    angle = np.arccos(np.where(parallel, 0.0, cosine))
+    near, far = (np.sin(share * angle) / np.sin(angle) for share in (1 - t, t))
+    return np.where(parallel, 1 - t, near), np.where(parallel, t, far)

@@ -7,18 +7,27 @@ layers in the configuration follows. `scale` multiplies the tensors, by filters 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
-from torch import Tensor
 
 from regraft.merge.rule import Chunk, Combine, Copy, PerModel, Unit, rule
 from regraft.methods import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PassthroughOptions(Options):
     scale: PerModel[float] = Field((1.0,), description="factor of the tensor")
 
 
-@rule(summary="copy one model's tensors; stacks layers by slices", options=PassthroughOptions, max_models=1)
+@rule(
+    summary="copy one model's tensors; stacks layers by slices",
+    options=PassthroughOptions,
+    max_models=1,
+    compiled=lambda o: o.scale == (1,),
+)
 def passthrough(unit: Unit[PassthroughOptions]) -> Combine | Copy:
     (scale,) = unit.options.scale
     if scale == 1:

@@ -19,16 +19,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from regraft.merge.kernels import added, array, changed, fused, numbers
+from regraft.merge.kernels import added, array, changed, fused, numbers, stored, stored_base
 from regraft.merge.rule import Chunk, PerModel, Steps, Unit, rule
 from regraft.merge.statistics import MinMax, OrderStatistic, Statistic, Sum, task_vectors
 from regraft.methods import Options, Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PcbOptions(Options):
@@ -40,7 +43,7 @@ class PcbOptions(Options):
     scope: Literal["model", "tensor"] = Field("model", description="what quantiles and extremes are taken over")
 
 
-Score = Callable[[Chunk[PcbOptions]], Tensor]
+Score = Callable[[Chunk[PcbOptions]], Any]
 
 
 @rule(
@@ -48,6 +51,7 @@ Score = Callable[[Chunk[PcbOptions]], Tensor]
     options=PcbOptions,
     needs_base=True,
     order_statistics=2,
+    compiled=lambda o: o.formula == "code" and o.inter == "sum",
     scope=lambda o: o.scope,
     model_wide=("ratio", "clip", "inter", "formula", "scope"),
     in_mergekit=False,
@@ -66,26 +70,29 @@ def pcb(unit: Unit[PcbOptions]) -> Steps:
     high_rank = max(low_rank, math.floor(count * (1 - o.clip) - 1))
     (bounds,) = yield [OrderStatistic(task_vectors, ranks=[low_rank, high_rank], absolute=True)]
     low, high = bounds[:, :1], bounds[:, 1:]
-    idle = (high == 0).squeeze(1)
-    for i in idle.nonzero().flatten().tolist():
+    idle = high[:, 0] == 0
+    for i in np.flatnonzero(idle).tolist():
         unit.warn(f"model {i + 1} of pcb hardly differs from the base, and takes no part")
 
     cut, top = yield from _survivors(unit, lambda c: _scores(c, low, high))
     top[idle] = cut[idle]  # all its weights are then 0
 
-    def combine(c: Chunk[PcbOptions]) -> Tensor:
-        return changed(c.base, _mean(c, _scores(c, low, high), low, high, cut, top))
+    def combine(c: Chunk[PcbOptions]) -> Any:
+        raw = stored(c)
+        base = c.base if raw is None else stored_base(raw)
+        return changed(base, _mean(c, _scores(c, low, high), low, high, cut, top))
 
     return combine
 
 
-def _scores(c: Chunk[PcbOptions], low: Tensor, high: Tensor) -> Tensor:
+def _scores(c: Chunk[PcbOptions], low: np.ndarray, high: np.ndarray) -> Any:
     """βᵢ up to a factor exp(-n), which is common to all entries of a task and drops out of the min-max; (n, L)."""
-    if c.options.inter == "sum" and c.dtype == torch.float32 and fused(c.deltas):
+    deltas = c.computed(task_vectors)
+    if c.options.inter == "sum" and c.arithmetic == "F32" and fused(deltas):
         from regraft.merge import native_pcb
 
-        out = torch.empty_like(c.deltas)
-        native_pcb.scores(array(c.deltas), array(low[:, 0]), array(high[:, 0]), out.numpy())
+        out = np.empty(deltas.shape, np.float32)
+        native_pcb.scores(array(deltas), *map(np.ascontiguousarray, (low[:, 0], high[:, 0])), out)
         return out
     size = _minmax(_clipped(c, low, high), low, high)
     intra = torch.exp(c.n * (size.square() - 1))
@@ -97,22 +104,26 @@ def _scores(c: Chunk[PcbOptions], low: Tensor, high: Tensor) -> Tensor:
     return intra * added(torch.tanh(signed * other) for other in signed)
 
 
-def _mean(c: Chunk[PcbOptions], scores: Tensor, low: Tensor, high: Tensor, cut: Tensor, top: Tensor) -> Tensor:
+def _mean(
+    c: Chunk[PcbOptions], scores: Any, low: np.ndarray, high: np.ndarray, cut: np.ndarray, top: np.ndarray
+) -> Any:
     """Mean of the clipped task vectors, weighted by the scores from `cut` (weight 0) to `top` (1); (L,)."""
-    if c.dtype == torch.float32 and fused(c.deltas, scores):
+    deltas = c.computed(task_vectors)
+    if c.arithmetic == "F32" and fused(deltas, scores):
         from regraft.merge import native_pcb
 
-        out = torch.empty_like(c.base)
-        bounds = (array(column[:, 0]) for column in (low, high, cut, top))
-        native_pcb.mean(array(c.deltas), array(scores), *bounds, numbers(c.options.lambda_, c.deltas), out.numpy())
-        return out
-    weights = _minmax(scores.maximum(cut.to(scores)), cut, top)
+        out = np.empty(c.length, np.float32)
+        bounds = (np.ascontiguousarray(column[:, 0]) for column in (low, high, cut, top))
+        native_pcb.mean(array(deltas), array(scores), *bounds, numbers(c.options.lambda_, "F32"), out)
+        return out if isinstance(deltas, np.ndarray) else torch.from_numpy(out)
+    scores = torch.as_tensor(scores)
+    weights = _minmax(scores.maximum(c.like(cut)), cut, top)
     values = torch.sign(c.deltas) * _clipped(c, low, high) * weights * c.per_model(c.options.lambda_)
     return added(values) / added(weights).clamp(min=1e-12)
 
 
-def _clipped(c: Chunk[PcbOptions], low: Tensor, high: Tensor) -> Tensor:
-    return c.deltas.abs().clamp(low.to(c.deltas), high.to(c.deltas))
+def _clipped(c: Chunk[PcbOptions], low: np.ndarray, high: np.ndarray) -> Tensor:
+    return c.deltas.abs().clamp(c.like(low), c.like(high))
 
 
 def _paper(unit: Unit[PcbOptions]) -> Steps:
@@ -128,8 +139,8 @@ def _paper(unit: Unit[PcbOptions]) -> Steps:
 
     (extremes,) = yield [MinMax(products)]
     low, high = extremes[:, :1], extremes[:, 1:]
-    idle = (high[own] == 0).squeeze(1)
-    for i in idle.nonzero().flatten().tolist():
+    idle = high[own, 0] == 0
+    for i in np.flatnonzero(idle).tolist():
         unit.warn(f"model {i + 1} of pcb equals the base, and takes no part")
 
     def powers(c: Chunk[PcbOptions]) -> tuple[Tensor, Tensor]:
@@ -138,20 +149,19 @@ def _paper(unit: Unit[PcbOptions]) -> Steps:
 
     intra_sum, inter_sum = yield [Sum(lambda c: powers(c)[0]), Sum(lambda c: powers(c)[1])]
     # Scores are scaled by the number of entries: a softmax over 1e9 of them would leave the range of float32.
-    intra_scale = (count / intra_sum).unsqueeze(1)
-    inter_scale = (count / inter_sum).unsqueeze(1)
+    intra_scale, inter_scale = (count / found[:, None] for found in (intra_sum, inter_sum))
 
     def beta(c: Chunk[PcbOptions]) -> Tensor:
         intra, inter = powers(c)
-        inter = inter * inter_scale.to(inter)
-        return intra * intra_scale.to(intra) * torch.stack([added(inter[k] for k in rows) for rows in rows_of])
+        inter = inter * c.like(inter_scale)
+        return intra * c.like(intra_scale) * torch.stack([added(inter[k] for k in rows) for rows in rows_of])
 
     cut, _ = yield from _survivors(unit, beta)
 
     def combine(c: Chunk[PcbOptions]) -> Tensor:
         scores = beta(c)
-        scores = scores * (scores >= cut.to(scores))
-        scores[idle] = 0
+        scores = scores * (scores >= c.like(cut))
+        scores[np.flatnonzero(idle)] = 0
         values = c.deltas * scores * c.per_model(c.options.lambda_)
         return changed(c.base, added(values) / added(scores).clamp(min=1e-12))
 
@@ -160,7 +170,7 @@ def _paper(unit: Unit[PcbOptions]) -> Steps:
 
 def _survivors(
     unit: Unit[PcbOptions], beta: Score
-) -> Generator[Sequence[Statistic], Sequence[Tensor], tuple[Tensor, Tensor]]:
+) -> Generator[Sequence[Statistic], Sequence[np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Per task the (1 − ratio)-quantile of the scores and their maximum, each (n, 1)."""
     rank = min(math.floor(unit.numel * (1 - unit.options.ratio)), unit.numel - 1)
     found, extremes = yield [OrderStatistic(beta, ranks=[rank]), MinMax(beta)]
@@ -168,7 +178,7 @@ def _survivors(
     return found, extremes[:, 1:]
 
 
-def _minmax(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _minmax(values: Tensor, low: np.ndarray, high: np.ndarray) -> Tensor:
     """Values mapped so that `low` is 0 and `high` 1; 0 for rows where the two are equal."""
-    low, span = low.to(values), (high - low).to(values)
-    return torch.where(span > 0, (values - low) / torch.where(span > 0, span, torch.ones_like(span)), 0.0)
+    least, span = (torch.from_numpy(bound).to(values) for bound in (low, high - low))
+    return torch.where(span > 0, (values - least) / torch.where(span > 0, span, torch.ones_like(span)), 0.0)

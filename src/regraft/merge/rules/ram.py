@@ -10,11 +10,14 @@ unshared changes larger is `ramplus_tl`.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from regraft.merge.consensus import added, changed
 from regraft.merge.overlap import RAM, RamOptions, parted
 from regraft.merge.rule import Chunk, Combine, Unit, rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @rule(

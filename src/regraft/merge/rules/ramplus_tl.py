@@ -13,14 +13,19 @@ numbers are those of one tensor, not of the model.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from regraft.merge.consensus import added, changed
 from regraft.merge.overlap import RAM, RamOptions, parted
 from regraft.merge.rule import Chunk, Steps, Unit, rule
 from regraft.merge.statistics import Sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RamplusTlOptions(RamOptions):
@@ -43,8 +48,8 @@ def ramplus_tl(unit: Unit[RamplusTlOptions]) -> Steps:
         return torch.cat([(deltas != 0) & (count == 1), (deltas != 0) & (count > 1)]).to(c.dtype)
 
     (entries,) = yield [Sum(alone_and_shared)]
-    alone, shared = entries.view(2, unit.n)
-    factors = (1 + o.r * (shared / alone.clamp(min=1)).clamp(max=o.alpha)).tolist()
+    alone, shared = entries.reshape(2, unit.n)
+    factors = (1 + o.r * np.minimum(shared / np.maximum(alone, 1), o.alpha)).tolist()
     unit.note(enlarged_by=factors)
 
     def combine(c: Chunk[RamplusTlOptions]) -> Tensor:

@@ -13,18 +13,20 @@ in most tensors of lightly tuned language models; the lineage file has the weigh
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from regraft.merge.consensus import added, changed, winners
-from regraft.merge.kernels import numbers, stored, variance
+from regraft.merge.consensus import added, blended, changed, winners
+from regraft.merge.kernels import Values, numbers, stored, variance
 from regraft.merge.rule import Chunk, Steps, Unit, rule
 from regraft.merge.statistics import OrderStatistic, Sum
 from regraft.methods import Options, Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LEAST = 1e-6  # mergekit's guard of the sum of weights
 
@@ -40,15 +42,16 @@ class SceOptions(Options):
     needs_base=True,
     order_statistics=1,
     min_models=2,
+    compiled=lambda _: True,
     papers=[Paper("FuseChat: Knowledge Fusion of Chat Models", "Wan et al.", "EMNLP 2025", "2408.07990")],
 )
 def sce(unit: Unit[SceOptions]) -> Steps:
     threshold = 0.0
     if unit.options.select_topk < 1:
-        (varying,) = yield [Sum(lambda c: variances(c).sign_())]
-        keep = math.floor(int(varying) * unit.options.select_topk)
+        (varying,) = yield [Sum(_varying)]
+        keep = math.floor(int(varying[0]) * unit.options.select_topk)
         if keep == 0:
-            return lambda c: c.base.clone()
+            return blended([0.0] * unit.n, has_base=True)
         (found,) = yield [OrderStatistic(variances, ranks=[unit.numel - keep])]
         threshold = float(found[0, 0])
         unit.note(threshold=threshold)
@@ -58,14 +61,14 @@ def sce(unit: Unit[SceOptions]) -> Steps:
     weights = [float(m) / size for m in means] if size >= 1e-6 else [1 / unit.n] * unit.n
     unit.note(weights=weights)
 
-    def combine(c: Chunk[SceOptions]) -> Tensor:
+    def combine(c: Chunk[SceOptions]) -> Values:
         raw = stored(c)
         if raw is not None:
             from regraft.merge.native_sce import merge
 
             out = np.empty(c.length, np.float32)
-            merge(raw, np.float32(threshold), numbers(weights, c.dtype), np.float32(_LEAST), out)
-            return torch.from_numpy(out)
+            merge(raw, np.float32(threshold), numbers(weights, "F32"), np.float32(_LEAST), out)
+            return out
         sizes, sign = winners(selected(c, threshold))
         share = torch.sign(sizes) * c.per_model(weights)
         return changed(c.base, added(sizes * share) * sign / added(share).clamp(min=_LEAST))
@@ -73,7 +76,7 @@ def sce(unit: Unit[SceOptions]) -> Steps:
     return combine
 
 
-def variances(c: Chunk[SceOptions]) -> Tensor:
+def variances(c: Chunk[SceOptions]) -> Values:
     """Population variance of the task vectors over the models, (L,)."""
     raw = stored(c)
     if raw is None:
@@ -82,7 +85,13 @@ def variances(c: Chunk[SceOptions]) -> Tensor:
 
     out = np.empty(c.length, np.float32)
     native_sce.variances(raw, out)
-    return torch.from_numpy(out)
+    return out
+
+
+def _varying(c: Chunk[SceOptions]) -> Values:
+    """1 where the models differ, (L,)."""
+    values = variances(c)
+    return np.sign(values) if isinstance(values, np.ndarray) else values.sign()
 
 
 def selected(c: Chunk[SceOptions], threshold: float) -> Tensor:
@@ -97,7 +106,7 @@ class _Squares(Sum):
         super().__init__(lambda c: selected(c, threshold).square())
         self._threshold = threshold
 
-    def partial(self, chunk: Chunk[Any]) -> Tensor:
+    def partial(self, chunk: Chunk[Any]) -> np.ndarray:
         raw = stored(chunk)
         if raw is None:
             return super().partial(chunk)
@@ -105,4 +114,4 @@ class _Squares(Sum):
 
         out = np.empty((chunk.n, -(-chunk.length // chunk.block)))
         squares(raw, np.float32(self._threshold), chunk.block, out)
-        return torch.from_numpy(out)
+        return out

@@ -20,7 +20,7 @@ import math
 
 from pydantic import Field
 
-from regraft.merge.kernels import mixture, weighted_sum
+from regraft.merge.kernels import mixture, models_sum
 from regraft.merge.rule import REQUIRED, Copy, Steps, Unit, rule
 from regraft.merge.statistics import Gram, models
 from regraft.methods import Options, Paper
@@ -39,6 +39,7 @@ class SlerpOptions(Options):
     min_models=2,
     max_models=2,
     base_first=True,
+    compiled=lambda _: True,
     mergekit_defaults={"t": REQUIRED},
     papers=[
         Paper(
@@ -74,4 +75,4 @@ def slerp(unit: Unit[SlerpOptions]) -> Steps:
         return lambda c: mixture(c, (1 - t, t), 0)
     angle = math.acos(max(-1.0, min(1.0, cosine)))
     first, second = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
-    return lambda c: weighted_sum(c.models, (first, second))
+    return lambda c: models_sum(c, (first, second))

@@ -15,11 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydantic import Field
-from torch import Tensor
 
-from regraft.merge.consensus import ABOUT_ZERO, Sparse, TaskVectorOptions, changed, onto_base, total
-from regraft.merge.kernels import weighted_sum
-from regraft.merge.rule import REQUIRED, Chunk, Combine, Copy, Unit, rule
+from regraft.merge.consensus import ABOUT_ZERO, Sparse, TaskVectorOptions, onto_base, total
+from regraft.merge.kernels import mixture
+from regraft.merge.rule import REQUIRED, Combine, Copy, Unit, rule
 from regraft.methods import Paper
 
 
@@ -48,6 +47,7 @@ def _combination(options: TaskArithmeticOptions) -> Sequence[float]:
             18,
         ),
     ],
+    compiled=lambda _: True,
     combination=_combination,
     mergekit_defaults={"weight": REQUIRED},
 )
@@ -61,7 +61,4 @@ def task_arithmetic(unit: Unit[TaskArithmeticOptions]) -> Combine | Copy:
     if not any(others):
         return Copy(whole)
 
-    def combine(c: Chunk[TaskArithmeticOptions]) -> Tensor:
-        return changed(c.models[whole], weighted_sum(c.deltas, others))
-
-    return combine
+    return lambda c: mixture(c, others, whole, of_changes=True)

@@ -40,6 +40,7 @@ class TiesOptions(TaskVectorOptions):
     options=TiesOptions,
     needs_base=True,
     order_statistics=1,
+    compiled=lambda _: True,
     scope=lambda o: o.trim_scope,
     model_wide=("density", "trim_scope", "rescale"),
     papers=[

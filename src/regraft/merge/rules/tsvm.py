@@ -19,14 +19,17 @@ the mean of its sizes: in the official code the complement, which is arbitrary, 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from regraft.merge.consensus import TaskVectorOptions
 from regraft.merge.spectral import leading, matrix_rule, polar
 from regraft.methods import Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SLACK = 1e-9  # of a fraction such as 0.1, which is not exact
 

@@ -21,14 +21,17 @@ turned round first. Whole matrices are in memory, as many as there are workers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from regraft.merge.consensus import TaskVectorOptions, added
 from regraft.merge.spectral import matrix_rule
 from regraft.methods import Paper
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BETAS = (0.9, 0.999)  # Adam's, as in the official code
 _EPSILON = 1e-8
