@@ -90,7 +90,7 @@ class Resolver:
             if value is not _MISSING:
                 self._require(option, name, inputs, [value])
                 values[option] = self._place(option, name, value, inputs) if option in self._one_of else value
-        key = repr(values)
+        key = repr((len(inputs), values))  # options that nobody set have one value per model, too
         if key not in self._resolved:
             self._resolved[key] = self.rule.resolve(len(inputs), values, where=f"{self.where}, {name}")
         return self._resolved[key]
