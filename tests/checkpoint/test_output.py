@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from regraft.checkpoint import output
+from regraft.checkpoint import open_files, output
 from regraft.checkpoint.dtypes import dtype_name
 from regraft.checkpoint.writer import ModelWriter, TensorSpec
 from regraft.errors import UserError, UserWarningMessage
@@ -301,3 +301,37 @@ def test_an_old_model_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatc
         warnings.simplefilter("error")
         save(out, small(2), force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_without_sync_nothing_waits_for_the_disk(tmp_path: Path, sync: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large files go through the cache then; what is replaced goes away only for an output that is on the disk."""
+    waited: list[str] = []
+    for name in ("fsync", "fdatasync"):
+        real = getattr(os, name, None)
+        if real is not None:
+            monkeypatch.setattr(os, name, lambda fd, name=name, real=real: (waited.append(name), real(fd))[1])
+    monkeypatch.setattr(open_files, "WORTHWHILE", 0)
+    tensors = {"t0": torch.arange(3 << 20, dtype=torch.float32)}
+    flags: list[int] = []
+    opened = os.open
+
+    def noted(path: Any, flag: int, *rest: Any, **more: Any) -> int:
+        flags.append(flag)
+        return opened(path, flag, *rest, **more)
+
+    monkeypatch.setattr(os, "open", noted)
+    with ModelWriter(tmp_path / "out", specs_of(tensors), sync=sync, depends_on={"run": 1}) as w:
+        w.write("t0", 0, tensors["t0"])
+        w.finish("t0", {})
+        w.publish()
+    assert bool(waited) == sync
+    assert any(flag & getattr(os, "O_DIRECT", 0) for flag in flags) == (sync and hasattr(os, "O_DIRECT"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")["t0"], tensors["t0"])
+    waited.clear()
+    with ModelWriter(tmp_path / "out", specs_of(tensors), sync=sync, force=True) as w:
+        w.write("t0", 0, tensors["t0"] + 1)
+        w.publish()
+    assert waited
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")["t0"], tensors["t0"] + 1)

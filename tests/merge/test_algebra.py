@@ -183,6 +183,7 @@ def test_pcb_never_lets_a_task_win_against_the_sum(seed: int) -> None:
         (lambda x: merge.slerp([x]), "RG305", "slerp takes 2 model"),
         (lambda x: merge.model_stock([x], base=x), "RG305", "takes 2 or more"),
         (lambda x: merge.linear([x, x[:1]]), "RG201", "shape"),
+        (lambda x: merge.linear([x, x.to(torch.complex128)]), "RG109", r"dtype torch\.complex128, which no checkpoint"),
         (lambda x: merge.linear([{"a": x}, {"b": x}]), "RG202", "no tensor"),
         (lambda x: merge.linear([{"a": x}, {"a": x, "b": x}]), "RG202", "only model 2 has a tensor 'b'"),
         (lambda x: merge.linear([x, x * float("nan")]), "RG206", "NaN"),

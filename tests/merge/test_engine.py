@@ -12,11 +12,11 @@ import pytest
 import torch
 from pydantic import Field
 
-from regraft.checkpoint.dtypes import DTYPES, as_tensor, dtype_name
-from regraft.checkpoint.tensor import BLOCK, MemoryTensor
+from regraft.checkpoint.dtypes import DTYPES, array_dtype, as_tensor, dtype_name
+from regraft.checkpoint.tensor import BLOCK, MemoryTensor, StoredTensor
 from regraft.errors import UserError
 from regraft.merge.engine import run_jobs
-from regraft.merge.jobs import Job, fit_memory, group, predict_memory
+from regraft.merge.jobs import Job, all_compiled, fit_memory, group, predict_memory
 from regraft.merge.rule import Chunk, Copy, Rule, Steps, TensorInfo, Unit
 from regraft.merge.statistics import OrderStatistic, Sum
 from regraft.methods import Options
@@ -279,3 +279,29 @@ def test_memory_limits_shrink_chunks_then_workers_and_refuse_what_cannot_be() ->
     with pytest.raises(UserError, match=r"needs 1 MB .* 0 MB are left") as error:
         fit_memory(jobs, 10_000, workers=4, chunk=4 * BLOCK)
     assert error.value.code == "RG403"
+
+
+def stored(dtype: str = "BF16") -> StoredTensor:
+    return StoredTensor("w", (2, 3), dtype, np.zeros(6, array_dtype(dtype)))
+
+
+def test_torch_is_left_out_only_where_nothing_needs_it() -> None:
+    options, info = Caps(), TensorInfo("w", (2, 3))
+    served = make_rule(_capped, needs_base=True, compiled=lambda o: o.factor == 1)
+    plain = Job(info, (stored(), stored()), "F32", served, options, stored())
+    assert plain.compiled
+    assert all_compiled([plain, plain], "cpu")
+    for other in (
+        dataclasses.replace(plain, options=Caps(factor=2.0)),
+        dataclasses.replace(plain, rule=CAPPED),
+        dataclasses.replace(plain, models=(stored(), stored("F32"))),
+        dataclasses.replace(plain, models=(stored("F16"), stored("F16")), base=stored("F16")),
+        dataclasses.replace(plain, models=(stored(), MemoryTensor("w", torch.zeros(2, 3, dtype=torch.bfloat16)))),
+        dataclasses.replace(plain, out_dtype="F16"),
+        dataclasses.replace(plain, double=True),
+    ):
+        assert not other.compiled
+        assert not all_compiled([plain, other], "cpu")
+    assert not all_compiled([plain], "cuda:0")
+    assert Job(info, (stored("I64"),), "I64").compiled
+    assert not Job(info, (stored("F16"),), "BF16").compiled

@@ -122,6 +122,16 @@ def test_sums_of_models_as_they_are_stored(dtype: torch.dtype, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_changes_on_a_base_as_they_are_stored(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = rows(torch.float32).to(dtype)
+    found = torch.from_numpy(kernels.with_changes(chunk_of(raw, True), WEIGHTS[:-1]))
+    with pytest.raises(ValueError, match="4 weights for 3 models"):
+        kernels.with_changes(chunk_of(raw, True), WEIGHTS)
+    monkeypatch.setattr(kernels, "stored", lambda chunk: None)
+    assert same_bits(found, kernels.with_changes(chunk_of(raw, True), WEIGHTS[:-1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("f", [models, task_vectors])
 def test_inner_products_of_models_as_they_are_stored(dtype: torch.dtype, f: Any) -> None:
     raw = rows(torch.float32, special=False).to(dtype)

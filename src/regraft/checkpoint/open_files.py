@@ -30,15 +30,16 @@ class OpenFiles:
 
     Args:
         sizes: the files and their sizes; they exist at that size before they are written.
+        past_cache: whether large files are written past the cache.
     """
 
-    def __init__(self, sizes: Mapping[Path, int]) -> None:
+    def __init__(self, sizes: Mapping[Path, int], *, past_cache: bool = True) -> None:
         self._sizes = sizes
         self._open: OrderedDict[tuple[Path, bool], list[int]] = OrderedDict()  # -> [descriptor, users]
         self._changed = threading.Condition()
         self._closed = False
         self._memory = threading.local()
-        self._refused = not hasattr(os, "O_DIRECT")
+        self._refused = not (past_cache and hasattr(os, "O_DIRECT"))
 
     def write(self, path: Path, data: memoryview, at: int) -> None:
         """Write all of `data` at the offset `at`.

@@ -40,6 +40,7 @@ class OutputFolder:
         out: the folder to make; it may exist if it is empty, or hold a model if `force`. A link to a folder stands
             for the folder.
         force: replace a model that is in `out` already.
+        sync: wait for the disk before the output gets its name.
         need_bytes: room that the staging folder will need.
         adopt: asked, with the lock held, whether this run goes on with a staging folder that is there; what it does
             not want is removed.
@@ -54,11 +55,12 @@ class OutputFolder:
         out: Path,
         *,
         force: bool = False,
+        sync: bool = True,
         need_bytes: int = 0,
         adopt: Callable[[Path], bool] = lambda staging: False,
     ) -> None:
         self.out = Path(os.path.realpath(out))
-        self._force, self._adopt = force, adopt
+        self._force, self._sync, self._adopt = force, sync, adopt
         self.staging = staging_of(self.out)
         self._old = _beside(self.out, "old")
         self._lock: int | None = None
@@ -96,10 +98,10 @@ class OutputFolder:
             raise explained(error, self.out) from error
 
     def publish(self, *, without: str = "") -> None:
-        """Rename staging to `out` once everything in it has reached the disk; an old output is deleted after that.
+        """Rename staging to `out`, with `sync` once everything in it has reached the disk; an old one goes after that.
 
         Args:
-            without: a file of staging that is no part of the output. It goes last, when everything else is on the disk.
+            without: a file of staging that is no part of the output. It goes last, when everything else is there.
 
         Raises:
             RuntimeError: the folder is not open.
@@ -111,13 +113,17 @@ class OutputFolder:
         try:
             if self._occupied() and not self._force:
                 raise _not_empty(self.out)
-            _sync_tree(self.staging, without)
+            if self._sync or self._occupied():  # an old output goes away only for one that is there to stay
+                _sync_tree(self.staging, without)
+            elif without:
+                (self.staging / without).unlink()
             if self._occupied() and not self._force:
                 raise _not_empty(self.out)
             if self._occupied():
                 self.out.rename(self._old)
             self.staging.rename(self.out)
-            _sync(self.out.parent)
+            if self._sync:
+                _sync(self.out.parent)
         except OSError as error:
             self.abort()
             raise explained(error, self.out) from error

@@ -40,6 +40,7 @@ _MISTAKEN = {
 class FileTensor:
     """One tensor of a safetensors file: a range of bytes that is read in slices, by any number of threads."""
 
+    bare = True
     __slots__ = ("_begin", "_file", "_numel", "name", "shape", "stored")
 
     def __init__(self, name: str, shape: tuple[int, ...], stored: str, file: DataFile, begin: int) -> None:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class TensorSource(Protocol):
     """One tensor that can be read in slices. Implementations are thread-safe.
 
-    A source may know its dtype without torch, as `stored` (see `stored_dtype`), and may fill memory that it is given:
-    `read_into(out, start)` with a flat array of `array_dtype(stored)`.
+    A source may know its dtype without torch, as `stored` (see `stored_dtype`), may fill memory that it is given:
+    `read_into(out, start)` with a flat array of `array_dtype(stored)`, and may say that this takes no torch, by a true
+    `bare`.
     """
 
     @property
@@ -76,6 +77,8 @@ class MemoryTensor:
 
 class StoredTensor:
     """A tensor that is in memory as an array of `array_dtype(stored)`, behind the same contract."""
+
+    bare = True
 
     def __init__(self, name: str, shape: tuple[int, ...], stored: str, values: np.ndarray) -> None:
         self.name, self.shape, self.stored = name, shape, stored

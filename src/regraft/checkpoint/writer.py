@@ -64,6 +64,7 @@ class ModelWriter:
         specs: the tensors, in the order in which they are best stored; tied copies are left out by the caller.
         shard_bytes: most bytes of tensor data per file; a larger tensor has a file to itself.
         force: replace a model that is in `out` already.
+        sync: publish what has reached the disk; else what the system has taken.
         extra_bytes: room that the caller needs in the staging folder besides the weights.
         depends_on: everything that the values depend on, JSON-able; a run with equal facts and tensors may go on
             where this one stopped. Nothing is resumed if None.
@@ -84,20 +85,21 @@ class ModelWriter:
         *,
         shard_bytes: int = SHARD_BYTES,
         force: bool = False,
+        sync: bool = True,
         extra_bytes: int = 0,
         depends_on: Mapping[str, Any] | None = None,
     ) -> None:
         self._shards = layout(specs, shard_bytes)
         self._index = index(self._shards, specs)
         need = size_on_disk(specs, shard_bytes) + extra_bytes
-        self._folder = OutputFolder(out, force=force, need_bytes=need, adopt=self._adopt)
+        self._folder = OutputFolder(out, force=force, sync=sync, need_bytes=need, adopt=self._adopt)
         self.out, self.staging = self._folder.out, self._folder.staging
         self._specs = {spec.name: spec for spec in specs}
         self._place = {name: (self.staging / s.file, at) for s in self._shards for name, at in s.offsets.items()}
         self._written = {name: _Ranges() for name in self._specs}
         self._mutex = threading.Lock()
-        self._files = OpenFiles({self.staging / s.file: s.size for s in self._shards})
-        self._flusher = Flusher()
+        self._files = OpenFiles({self.staging / s.file: s.size for s in self._shards}, past_cache=sync)
+        self._flusher = Flusher() if sync else None
         self._depends_on = depends_on
         self._journal: Journal | None = None
         self._damaged = False  # the disk refused something that was to be kept
@@ -119,7 +121,7 @@ class ModelWriter:
     ) -> None:
         self._files.close()
         try:
-            self._flusher.close()
+            self._end_flushing()
         except OSError:
             self._damaged = True  # if all else went well, the sync before publishing has told it already
         count = 0
@@ -217,12 +219,13 @@ class ModelWriter:
         try:
             if self._journal is not None:
                 self._journal.add(name, facts)
-            self._flusher.wrote(self._place[name][0], self._specs[name].nbytes)
+            if self._flusher is not None:
+                self._flusher.wrote(self._place[name][0], self._specs[name].nbytes)
         except OSError as error:
             raise self._failed(error) from error
 
     def publish(self) -> None:
-        """Make the staging folder the output, by one rename, after everything in it has reached the disk.
+        """Make the staging folder the output, by one rename; with `sync` after everything in it has reached the disk.
 
         Raises:
             RuntimeError: elements that were never written, by tensor; or the writer is not open.
@@ -235,7 +238,7 @@ class ModelWriter:
             raise RuntimeError(f"{len(missing)} tensors have elements that were never written: {named}{more}")
         self._files.close()
         try:
-            self._flusher.close()
+            self._end_flushing()
             if self._index is not None and self._folder.active:
                 (self.staging / INDEX_NAME).write_text(self._index, encoding="utf-8")
         except OSError as error:
@@ -247,6 +250,10 @@ class ModelWriter:
         with self._mutex:
             left = {name: spec.numel - self._written[name].count for name, spec in self._specs.items()}
         return {name: count for name, count in left.items() if count}
+
+    def _end_flushing(self) -> None:
+        if self._flusher is not None:
+            self._flusher.close()
 
     def _failed(self, error: OSError) -> Exception:
         """The sentence for a write or a sync that failed, after which nothing on that disk is relied on."""

@@ -104,6 +104,14 @@ MaxMemory = Annotated[
         rich_help_panel=_RUN,
     ),
 ]  # fmt: skip
+Sync = Annotated[
+    bool,
+    typer.Option(
+        "--sync/--no-sync", rich_help_panel=_RUN,
+        help="Wait until the output is on the disk. Without, the system writes it when it likes, and a power failure "
+        "within the next minute can damage it.",
+    ),
+]  # fmt: skip
 ShardSize = Annotated[
     int,
     typer.Option(
@@ -148,6 +156,7 @@ def settings(
     chunk: Chunk = None,
     device: Device = "cpu",
     max_memory: MaxMemory = None,
+    sync: Sync = True,
     shard_size: ShardSize = DEFAULT_SHARD,
     seed: Seed = None,
     tensors: Tensors = None,
@@ -162,6 +171,7 @@ def settings(
         chunk=chunk,
         device=device,
         max_memory=max_memory,
+        sync=sync,
         shard_bytes=shard_size,
         seed=seed,
         tensors=tensors,

@@ -23,6 +23,7 @@ from regraft.merge.kernels import (
     numbers,
     weighted_sum,
     winners,
+    with_changes,
 )
 from regraft.merge.rule import Chunk, Combine, PerModel
 from regraft.merge.sparsify import Sparse
@@ -77,27 +78,11 @@ def blended(weights: Sequence[float], has_base: bool) -> Combine:
     Entries that are equal in all models keep their bits if the weights add up to one.
     """
     if has_base:
-        return _added_to_base(weights)
+        return lambda c: with_changes(c, weights)
     if abs(sum(weights) - 1) < _ROUNDING:
         anchor = next(i for i, w in enumerate(weights) if w)
         return lambda c: mixture(c, weights, anchor)
     return lambda c: models_sum(c, weights)
-
-
-def _added_to_base(weights: Sequence[float]) -> Combine:
-    every = Sparse(len(weights))
-
-    def combine(c: Chunk[Any]) -> Values:
-        arguments = every.compiled(c)
-        if arguments is None:
-            return changed(c.base, weighted_sum(c.deltas, weights))
-        from regraft.merge.native_sparse import merge
-
-        zeros, out = np.zeros(c.n, np.int64), np.empty(c.length, np.float32)
-        merge(*arguments, numbers(weights, c.arithmetic), False, False, np.float32(1), zeros, out)
-        return out
-
-    return combine
 
 
 def of_runs(values: np.ndarray, c: Chunk[Any], width: int) -> Tensor:

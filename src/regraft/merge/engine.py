@@ -165,8 +165,8 @@ class _Run:
 
     def execute(self, workers: int) -> None:
         keep_pages()
-        if self._device is None:
-            import regraft.merge.native  # noqa: F401 - here, as a failure to load it in a worker could be a deadlock
+        import regraft.merge.native  # noqa: F401 - here, as a failure to load it in a worker could be a deadlock
+
         with ExitStack() as stack:
             if self._torch:
                 stack.enter_context(one_thread_each())

@@ -75,6 +75,8 @@ class Job:
     @property
     def compiled(self) -> bool:
         """Whether compiled loops do all of it on the processor, without torch."""
+        if not all(getattr(source, "bare", False) for source in self.sources):
+            return False
         dtypes = {stored_dtype(source) for source in self.sources}
         if self.rule is None:
             return dtypes == {self.out_dtype}

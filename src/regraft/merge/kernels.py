@@ -257,6 +257,19 @@ def mixture(chunk: Chunk[Any], weights: Sequence[float], anchor: int, *, of_chan
     return out
 
 
+def with_changes(chunk: Chunk[Any], weights: Sequence[float]) -> Values:
+    """The base + Σ wᵢ δᵢ, (L,); an entry that does not change keeps its bits."""
+    _check_count(chunk, weights)
+    raw = stored(chunk)
+    if raw is None:
+        return changed(chunk.base, weighted_sum(chunk.deltas, weights))
+    from regraft.merge.native_sparse import distance
+
+    out = np.empty(chunk.length, np.float32)
+    distance(raw, numbers(weights, "F32"), chunk.n, chunk.n, out)
+    return out
+
+
 def elect(rows: Tensor, weights: Sequence[float], normalize: bool) -> Tensor:
     """Weighted sum of the entries whose weighted sign won, (L,); their weighted mean if `normalize`."""
     if fused(rows):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regraft.axes import layout
-from regraft.checkpoint.dtypes import as_tensor, dtype_name
+from regraft.checkpoint.dtypes import as_tensor, dtype_name, is_storable
 from regraft.checkpoint.tensor import MemoryTensor
 from regraft.errors import UserError, UserWarningMessage
 from regraft.merge.engine import run_jobs
@@ -53,8 +53,8 @@ def as_jobs(
     The template (the base, else the first model) decides names and dtypes; integer and bool tensors are its own.
 
     Raises:
-        UserError: RG304 without the base that the rule needs; RG201, RG202 for shapes and names that differ; RG302,
-            RG303, RG305 for options and counts.
+        UserError: RG109 for a dtype that no checkpoint can hold; RG304 without the base that the rule needs; RG201,
+            RG202 for shapes and names that differ; RG302, RG303, RG305 for options and counts.
     """
     if not models:
         rule.check_count(0)
@@ -69,6 +69,10 @@ def as_jobs(
     jobs, outputs = [], {}
     labels = (*(f"model {i + 1}" for i in range(len(dicts))), "base")
     for name, reference in template.items():
+        for dtype in {tensors[name].dtype for tensors in (template, *dicts)}:
+            if not is_storable(dtype):
+                what = f"{name} has the dtype {dtype}, which no checkpoint can hold"
+                raise UserError("RG109", what, fix="convert it to another one")
         outputs[name] = torch.empty_like(reference, memory_format=torch.contiguous_format)
         sources = tuple(MemoryTensor(name, d[name]) for d in dicts)
         for label, source in zip(labels, sources, strict=False):

@@ -92,13 +92,12 @@ def _recall(marks, kept):
 
 
 @kernel
-def _sparse(raw, base, values, bits, i, start, chosen, words, memory, marks, known):
-    """Model i's tile of the sparse task vector; the number of zeros in the full one.
+def _choose(values, bits, i, start, chosen, words, memory, marks, known):
+    """Model i's tile of the task vector becomes sparse.
 
     `marks` takes up what was decided by rank, if it has room for it, or tells it if it is `known`.
     """
     low, high, keys, kept, factors, chances, divide = chosen
-    zeros = difference(raw, base, values, bits)
     if low[i] > 0 or high[i] < np.inf:
         _select(values, low[i], high[i])
     if kept[i] < _ALL:
@@ -119,7 +118,6 @@ def _sparse(raw, base, values, bits, i, start, chosen, words, memory, marks, kno
     if factor != 1:
         for k in range(values.shape[0]):
             values[k] *= factor
-    return zeros
 
 
 @kernel
@@ -145,8 +143,8 @@ def merge(raw, start, tile, chosen, marks, weights, elect, normalize, scale, zer
             row = values[i, :size]
             known = marks.shape[0] > 0
             noted = marks[i, begin // tile] if known else no_marks
-            own, at = raw[i, begin:end], start + begin
-            zeros[i] += _sparse(own, base[:size], row, bits[i, :size], i, at, chosen, words, memory, noted, known)
+            zeros[i] += difference(raw[i, begin:end], base[:size], row, bits[i, :size])
+            _choose(row, bits[i, :size], i, start + begin, chosen, words, memory, noted, known)
             weight = weights[i]
             if weight != 0:
                 for k in range(size):
@@ -180,7 +178,7 @@ def norms(raw, start, tile, chosen, marks, block, before, after):
     What is decided by rank is noted in `marks`, (n, tiles, bytes), if that is not empty.
     """
     n, length = raw.shape[0] - 1, raw.shape[1]
-    values, base = np.empty((2, tile), np.float32), np.empty(tile, np.float32)
+    values, base = np.empty(tile, np.float32), np.empty(tile, np.float32)
     bits, base_bits = values.view(np.uint32), base.view(np.uint32)
     words, memory = (np.empty(TILE // 4, np.uint64), np.empty(1, np.uint64)), rank_memory(tile)
     no_marks = np.empty(0, np.uint8)
@@ -191,12 +189,11 @@ def norms(raw, start, tile, chosen, marks, block, before, after):
         end, b = begin + size, begin // block
         load(raw[n, begin:end], base[:size], base_bits[:size])
         for i in range(n):
-            difference(raw[i, begin:end], base[:size], values[0, :size], bits[0, :size])
-            before[i, b] += _magnitude(values[0, :size])
+            difference(raw[i, begin:end], base[:size], values[:size], bits[:size])
+            before[i, b] += _magnitude(values[:size])
             noted = marks[i, begin // tile] if marks.shape[0] > 0 else no_marks
-            own, at, row = raw[i, begin:end], start + begin, values[1, :size]
-            _sparse(own, base[:size], row, bits[1, :size], i, at, chosen, words, memory, noted, False)
-            after[i, b] += _magnitude(values[1, :size])
+            _choose(values[:size], bits[:size], i, start + begin, chosen, words, memory, noted, False)
+            after[i, b] += _magnitude(values[:size])
 
 
 @kernel

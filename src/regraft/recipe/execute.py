@@ -30,7 +30,7 @@ from regraft.recipe.progress import Progress
 from regraft.recipe.settings import Settings
 
 # Switches that change how a run goes and never what it writes. All others are part of what makes a run the same.
-_INDIFFERENT = ("offline", "force", "accept_licenses", "workers", "chunk", "max_memory")
+_INDIFFERENT = ("offline", "force", "accept_licenses", "workers", "chunk", "max_memory", "sync")
 
 
 def execute(
@@ -53,6 +53,7 @@ def execute(
             plan.specs,
             shard_bytes=settings.shard_bytes,
             force=settings.force,
+            sync=settings.sync,
             depends_on=depends_on(plan, settings),
         ) as writer,
     ):

@@ -19,6 +19,7 @@ class Settings:
         device: where chunks are computed: "cpu", "cuda", "cuda:1", ... Elsewhere than on the CPU the last bits of
             statistics, and so of weights, may differ.
         max_memory: bytes of private memory for the whole process; no limit if None.
+        sync: wait until the output has reached the disk before it gets its name, so that it survives a power failure.
         shard_bytes: size of an output shard.
         seed: replaces the recipe's seed.
         tensors: replaces what the recipe says of tensors that only some state dicts have.
@@ -32,6 +33,7 @@ class Settings:
     chunk: int | None = None
     device: str = "cpu"
     max_memory: int | None = None
+    sync: bool = True
     shard_bytes: int = 5 * 10**9
     seed: int | None = None
     tensors: str | None = None

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from regraft.merge.consensus import ABOUT_ZERO, Sparse, TaskVectorOptions, onto_base, total
+from regraft.merge.consensus import ABOUT_ZERO, Sparse, TaskVectorOptions, blended, onto_base, total
 from regraft.merge.kernels import mixture
 from regraft.merge.rule import REQUIRED, Combine, Copy, Unit, rule
 from regraft.methods import Paper
@@ -55,6 +55,8 @@ def task_arithmetic(unit: Unit[TaskArithmeticOptions]) -> Combine | Copy:
     o = unit.options
     factors = [o.lambda_ * w for w in o.weight]
     whole = next((i for i, f in enumerate(factors) if f == 1), None)
+    if whole is None and o.lambda_ == 1 and not o.normalize:
+        return blended(o.weight, has_base=True)
     if o.normalize or whole is None:
         return onto_base(Sparse(unit.n), total)
     others = [f if i != whole else 0.0 for i, f in enumerate(factors)]
