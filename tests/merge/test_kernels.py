@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from regraft.checkpoint.dtypes import as_array, as_tensor, dtype_name
 from regraft.checkpoint.tensor import BLOCK
-from regraft.merge import kernels, random, selection
+from regraft.merge import kernels, random, selection, storage
 from regraft.merge.rule import Chunk, TensorInfo
 from regraft.merge.selection import OrderStatistic
 from regraft.merge.statistics import Gram, models, task_vectors
@@ -163,8 +163,8 @@ def test_narrowing_rounds_as_torch_does_and_says_what_leaves_the_range(dtype: to
     x = rows(values)[0]
     halves = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 65519.0, 65520.0, 3.3895e38, 3.3896e38, math.inf])
     for case in (x, halves.to(values), x[100:], torch.tensor([1e-40, -0.0, 0.0], dtype=values)):
-        found, within = kernels.narrow(case, dtype_name(dtype))
-        again, _ = kernels.narrow(case.numpy(), dtype_name(dtype))
+        found, within = storage.narrow(case, dtype_name(dtype))
+        again, _ = storage.narrow(case.numpy(), dtype_name(dtype))
         assert np.array_equal(found.view(np.uint8), again.view(np.uint8))
         stored = as_tensor(found, dtype_name(dtype))
         expected = case.to(dtype)
@@ -183,7 +183,7 @@ def test_narrowing_rounds_as_torch_does_and_says_what_leaves_the_range(dtype: to
 )
 def test_all_within_is_a_comparison_of_magnitudes(dtype: torch.dtype, values: list[float], limit: float) -> None:
     x = torch.tensor(values, dtype=torch.float64).to(dtype)
-    assert kernels.all_within(as_array(x), dtype_name(dtype), limit) == bool((x.double().abs() <= limit).all())
+    assert storage.all_within(as_array(x), dtype_name(dtype), limit) == bool((x.double().abs() <= limit).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -96,11 +96,11 @@ ASKED: dict[str, Callable[[Case], Any]] = {
     "out, written in another way": lambda c: setattr(c, "out", "./sub/../out"),
     "place of the recipe": lambda c: setattr(c, "home", c.home.rename(c.home.with_name("moved"))),
 }  # fmt: skip
-
+OTHER = {"device": "cuda", "sync": False}  # values that are not the usual ones; 1 is none for the other switches
 
 for one in dataclasses.fields(Settings):
     if one.name not in ("workers", "chunk", "max_memory"):
-        other = Settings(**{one.name: "cuda" if one.name == "device" else 1})
+        other = Settings(**{one.name: OTHER.get(one.name, 1)})
         ASKED[one.name] = lambda c, other=other: setattr(c, "settings", other)
 
 

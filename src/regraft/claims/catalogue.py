@@ -20,7 +20,7 @@ from regraft.claims.find import module_of
 from regraft.claims.results import surroundings
 from regraft.claims.zoo import RECORD, NotGoodEnoughError
 from regraft.errors import UserError, nearest
-from regraft.merge.engine import one_thread_each
+from regraft.merge.torch_threads import one_thread_each
 
 _LISTS = re.compile(r"^ENTRIES\b", re.MULTILINE)
 FILE = "zoo.json"

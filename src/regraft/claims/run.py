@@ -19,7 +19,7 @@ from regraft.claims.paper_scale import Inputs
 from regraft.claims.results import Results, results_of, surroundings
 from regraft.claims.zoo import NotGoodEnoughError, models_used
 from regraft.errors import UserError
-from regraft.merge.engine import one_thread_each
+from regraft.merge.torch_threads import one_thread_each
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from regraft.checkpoint.tensor import BLOCK, StoredRows
-from regraft.merge.kernels import block_grams, block_sums, sign_conflicts, stored, stored_deltas
+from regraft.merge.kernels import block_grams, block_sums, sign_conflicts, stored
 from regraft.merge.rule import Chunk, TensorInfo
+from regraft.merge.storage import stored_deltas
 
 # Of a larger tensor every k-th block is measured, so that about this many elements are: enough for a cosine to within
 # 0.002, for a fraction of what merging costs.

@@ -8,11 +8,11 @@ multiples of `BLOCK`, torch computes with one thread per worker, and statistics 
 
 from __future__ import annotations
 
-import sys
+import importlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,14 +22,15 @@ from regraft.checkpoint.dtypes import DTYPES, as_array, is_float, largest_value
 from regraft.checkpoint.tensor import BLOCK, Scratch, StoredRows, TensorSource, numel, read_rows, stored_dtype
 from regraft.errors import UserError
 from regraft.merge.allocator import keep_pages
-from regraft.merge.jobs import Job, all_compiled, default_chunk, default_workers, group, on_processor
-from regraft.merge.kernels import Values, all_within, narrow
+from regraft.merge.jobs import Job, all_compiled, default_chunk, default_workers, group
+from regraft.merge.kernels import Values
 from regraft.merge.rule import Chunk, Copy, TensorInfo, Unit
+from regraft.merge.storage import all_within, narrow
+from regraft.merge.torch_threads import accelerator, one_thread_each, torch_is_loaded
 from regraft.merge.units import Task, UnitState, as_chunk, count_non_finite
 from regraft.methods import Options
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -91,18 +92,8 @@ def run_jobs(
         UserError: RG206 with tensor, model and counts; whatever a source or the sink raises.
     """
     size = max(BLOCK, -(-(chunk or default_chunk(device)) // BLOCK) * BLOCK)
-    bare = not _torch_is_loaded() and all_compiled(jobs, device)
-    run = _Run(
-        group(jobs),
-        write,
-        size,
-        None if bare else device,
-        allow_nan,
-        observer,
-        on_progress,
-        finished or {},
-        on_finished,
-    )
+    place = None if not torch_is_loaded() and all_compiled(jobs, device) else device
+    run = _Run(group(jobs), write, size, place, allow_nan, observer, on_progress, finished or {}, on_finished)
     run.execute(workers or default_workers())
     return run.outcome([job.info.name for job in jobs])
 
@@ -135,8 +126,7 @@ class _Run:
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._write, self._chunk, self._allow_nan = write, chunk, allow_nan
-        self._torch = device is not None
-        self._device = _accelerator(device)
+        self._torch, self._device = device is not None, accelerator(device)
         self._observer, self._on_progress = observer, on_progress
         self._finished, self._on_finished = finished, on_finished
         self._notes: dict[str, dict[str, Any]] = {}
@@ -165,8 +155,7 @@ class _Run:
 
     def execute(self, workers: int) -> None:
         keep_pages()
-        import regraft.merge.native  # noqa: F401 - here, as a failure to load it in a worker could be a deadlock
-
+        importlib.import_module("regraft.merge.native")  # a failure to load it in a worker could be a deadlock
         with ExitStack() as stack:
             if self._torch:
                 stack.enter_context(one_thread_each())
@@ -409,28 +398,3 @@ class _Run:
                 self._store(task, rows.tensor[0].to(DTYPES["F64" if dtype == "F64" else "F32"]))
                 return
         self._write(job.info.name, task.start, values)
-
-
-def _torch_is_loaded() -> bool:
-    return "torch._C" in sys.modules
-
-
-def _accelerator(device: str | None) -> torch.device | None:
-    if device is None or on_processor(device):
-        return None
-    import torch
-
-    return torch.device(device)
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Parallelism comes from the workers; a kernel that splits its own work would change the order of sums."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from regraft.merge.kernels import Values, array, bits, fused, in_rows, stored, stored_deltas
+from regraft.merge.kernels import Values, array, bits, fused, in_rows, stored
 from regraft.merge.rule import Chunk
+from regraft.merge.storage import stored_deltas
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,8 +15,8 @@ from regraft.checkpoint.tensor import StoredTensor, TensorSource, nbytes, stored
 from regraft.merge.diagnostics import TaskVectorStatistics
 from regraft.merge.engine import run_jobs
 from regraft.merge.jobs import DEFAULT_CHUNK, Job, all_compiled, predict_memory
-from regraft.merge.kernels import narrow
 from regraft.merge.rule import TensorInfo
+from regraft.merge.storage import narrow
 
 # Disk and page cache, both ways: what a laptop's solid-state disk sustains. Only the estimate depends on it.
 _BYTES_PER_SECOND = 1.0e9

@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from regraft.merge.kernels import added, array, changed, fused, numbers, stored, stored_base
+from regraft.merge.kernels import added, array, changed, fused, numbers, stored
 from regraft.merge.rule import Chunk, PerModel, Steps, Unit, rule
 from regraft.merge.statistics import MinMax, OrderStatistic, Statistic, Sum, task_vectors
+from regraft.merge.storage import stored_base
 from regraft.methods import Options, Paper
 
 if TYPE_CHECKING:
