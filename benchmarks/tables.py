@@ -7,6 +7,7 @@ library, so that the documentation can be built from results alone.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -149,6 +150,8 @@ def title(results: Mapping[str, Any]) -> str:
     )
     if results["mode"] == "limit":
         return f"Limited memory: {size}"
+    if given := re.search(r"--regraft-args=(\S+)", settings.get("command", "")):
+        size += f", `{given[1]}`"
     rules = [row["rule"] for row in results["rows"] if not row.get("skipped")]
     return f"Speed of {', '.join(rules)}: {size}" if 0 < len(rules) <= FEW else f"Speed: {size}"
 

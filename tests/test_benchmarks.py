@@ -240,6 +240,8 @@ def test_results_are_read_back_without_torch(tmp_path: Path) -> None:
     for rows in ([row] * 4, [{"rule": "della", "skipped": "not there"}]):
         (tmp_path / "b.json").write_text(json.dumps(compare | {"rows": rows}))
         assert "### Speed: 1 B parameters" in tables.pages(tmp_path)
+    switched = compare | {"settings": settings | {"command": "python x.py --regraft-args=--no-sync --pairs 1"}}
+    assert tables.title(switched).endswith(", `--no-sync`")
 
 
 def test_a_rule_beside_another_one_of_regraft_is_named() -> None:
