@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regraft.checkpoint.dtypes import DTYPES as STORED
 from regraft.checkpoint.dtypes import as_array, as_tensor, dtype_name
 from regraft.checkpoint.tensor import BLOCK
 from regraft.merge import kernels, random, selection, storage
@@ -184,6 +185,15 @@ def test_narrowing_rounds_as_torch_does_and_says_what_leaves_the_range(dtype: to
 def test_all_within_is_a_comparison_of_magnitudes(dtype: torch.dtype, values: list[float], limit: float) -> None:
     x = torch.tensor(values, dtype=torch.float64).to(dtype)
     assert storage.all_within(as_array(x), dtype_name(dtype), limit) == bool((x.double().abs() <= limit).all())
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32", "BF16"])
+def test_a_limit_that_a_dtype_lacks_is_not_rounded(dtype: str) -> None:
+    for limit in (0.3, 0.1, 1 / 3):
+        near = torch.tensor([limit], dtype=torch.float64).to(STORED[dtype])
+        around = [torch.nextafter(near, torch.full_like(near, far)) for far in (0.0, 1.0)]
+        for value in (near, *around):
+            assert storage.all_within(as_array(value), dtype, limit) == (float(value) <= limit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,7 +23,8 @@ def _most_bits(dtype: str, limit: float) -> Any:
     if dtype == "BF16":  # the upper half of a float32
         return _most_bits("F32", limit) >> np.uint32(16)
     near = np.array([min(limit, largest_value(dtype))]).astype(f"f{item_size(dtype)}")
-    return bits(near if near[0] <= limit else np.nextafter(near, np.zeros_like(near)))[0]
+    # As a Python number: an array would compare in its own precision, after rounding the limit.
+    return bits(near if float(near[0]) <= limit else np.nextafter(near, np.zeros_like(near)))[0]
 
 
 def stored_deltas(raw: Any) -> tuple[np.ndarray, np.ndarray]:

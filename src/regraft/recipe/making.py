@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adapters.folder import WEIGHTS
 from regraft.checkpoint import Checkpoint, open_checkpoint, read_safetensors
 from regraft.checkpoint.card import AdapterFacts, write_card
+from regraft.checkpoint.dtypes import dtype_name, torch_name
 from regraft.checkpoint.licences import LicenceVerdict, combine
 from regraft.checkpoint.lineage import InputRecord, Lineage, OptionGroup, Output
 from regraft.checkpoint.output import OutputFolder
@@ -36,7 +37,7 @@ from regraft.train import processes
 from regraft.train.processes import Team
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 FORMAT = 1
 
@@ -213,7 +214,7 @@ def make(
         if made.adapter is not None:
             facts = _write_adapter(folder.staging, made, source, lineage)
         else:
-            dtype = _dtype(next(made.model.parameters()).dtype)
+            dtype = torch_name(dtype_name(next(made.model.parameters()).dtype))
             copy_sidecars(folder.staging, config_from=source, tokenizer_from=source, config_changes={}, dtype=dtype)
             surgery.save(made.model, folder.staging)
             lineage.surgeries = surgery.surgeries_of(made.model.config)
@@ -261,11 +262,6 @@ def _write_adapter(staging: Path, made: Any, base: Checkpoint, lineage: Lineage)
     )
     class_name = type(made.model).__name__
     return AdapterFacts(base, class_name, "A LoRA adapter, trained by `regraft`.", tokenizer=True)
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    """What configurations call it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _output(folder: Path, model: Any, dtype: str) -> Output:
@@ -344,7 +340,7 @@ def export(folder: Path, out: Path, *, force: bool = False) -> Lineage:
     with OutputFolder(out, force=force) as output:
         model = surgery.load(folder)
         dense = surgery.export(model)
-        dtype = _dtype(dense.dtype)
+        dtype = torch_name(dtype_name(dense.dtype))
         copy_sidecars(output.staging, config_from=checkpoint, tokenizer_from=checkpoint, config_changes={}, dtype=dtype)
         copy_licences(output.staging, [checkpoint])
         surgery.save(dense, output.staging)
