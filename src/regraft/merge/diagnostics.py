@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from regraft.checkpoint.tensor import BLOCK, StoredRows
+from regraft.checkpoint.tensor import BLOCK
 from regraft.merge.kernels import block_grams, block_sums, sign_conflicts, stored
 from regraft.merge.rule import Chunk, TensorInfo
-from regraft.merge.storage import stored_deltas
 
 # Of a larger tensor every k-th block is measured, so that about this many elements are: enough for a cosine to within
 # 0.002, for a fraction of what merging costs.
@@ -98,19 +97,11 @@ class TaskVectorStatistics:
         """Add a chunk; called from several threads, each chunk of the output once."""
         if not chunk.has_base or chunk.n != self.n:
             return
-        measured = _every_kth_block(chunk)
-        if measured is None:
-            return
-        raw = stored(measured)
-        if raw is not None:
-            deltas, base = stored_deltas(raw)
-        else:
-            deltas, base = measured.deltas.cpu().numpy(), measured.base.cpu().numpy()
-        gram = block_grams(np.concatenate([deltas, base[None]])).sum(0)
-        moved, conflicts = sign_conflicts(deltas)
-        absolute = block_sums(deltas, absolute=True).sum(1)
-        n, length = deltas.shape
-        self._add(chunk.info, _Sums(gram[:n, :n], absolute, float(gram[n, n]), moved, conflicts, length))
+        stride = -(-chunk.info.numel // _ENOUGH)
+        raw = stored(chunk)
+        found = _sums(chunk, stride) if raw is None else _stored_sums(raw, chunk.start // BLOCK, stride)
+        if found.elements:
+            self._add(chunk.info, found)
 
     def _add(self, info: TensorInfo, found: _Sums) -> None:
         with self._lock:
@@ -176,26 +167,34 @@ def _independence(names: Sequence[str], cosines: Sequence[Sequence[float]]) -> s
     return f"task vectors are {kind}: the largest cosine is {cosine:.3g} ({names[j]}, {names[i]})"
 
 
-def _every_kth_block(chunk: Chunk[Any]) -> Chunk[Any] | None:
-    """The blocks that are measured, as a chunk: always the same ones, however the tensor is cut. None if none are."""
-    stride = -(-chunk.info.numel // _ENOUGH)
-    if stride == 1:
-        return chunk if chunk.length else None
-    first = chunk.start // BLOCK
-    starts = [b * BLOCK for b in range(-(-chunk.length // BLOCK)) if (first + b) % stride == 0]
-    if not starts:
-        return None
-    # Cut from what was read, before anything is computed of it.
-    rows: Any
-    if chunk.stored is not None:
-        rows = StoredRows(
-            np.concatenate([chunk.stored.array[:, at : at + BLOCK] for at in starts], 1), chunk.stored.dtype
-        )
-    else:
-        import torch
+def _stored_sums(raw: np.ndarray, first: int, stride: int) -> _Sums:
+    """The sums of every `stride`-th block, by its number in the tensor; `raw` begins with block `first`."""
+    from regraft.merge.native_sparse import task_vector_sums
 
-        rows = [torch.cat([row[at : at + BLOCK] for at in starts]) for row in chunk.rows]
-    return Chunk(chunk.info, chunk.options, 0, rows, chunk.has_base, chunk.arithmetic)
+    n = len(raw) - 1
+    gram, absolute, columns = np.zeros((n + 1, n + 1)), np.zeros(n), np.zeros(3, np.int64)
+    task_vector_sums(raw, BLOCK, first, stride, gram, absolute, columns)
+    lower = gram[:n, :n]
+    elements, moved, conflicts = columns.tolist()
+    return _Sums(lower + np.tril(lower, -1).T, absolute, float(gram[n, n]), moved, conflicts, elements)
+
+
+def _sums(chunk: Chunk[Any], stride: int) -> _Sums:
+    """As `_stored_sums`, of what is stored in other dtypes or lies elsewhere."""
+    import torch
+
+    first = chunk.start // BLOCK
+    starts = [at for at in range(0, chunk.length, BLOCK) if (first + at // BLOCK) % stride == 0]
+    if not starts:
+        return _Sums.empty(chunk.n)
+    rows = [torch.cat([row[at : at + BLOCK] for at in starts]) for row in chunk.rows]
+    measured = Chunk(chunk.info, chunk.options, 0, rows, True, chunk.arithmetic)
+    deltas, base = measured.deltas.cpu().numpy(), measured.base.cpu().numpy()
+    gram = block_grams(np.concatenate([deltas, base[None]])).sum(0)
+    moved, conflicts = sign_conflicts(deltas)
+    n, length = deltas.shape
+    absolute = block_sums(deltas, absolute=True).sum(1)
+    return _Sums(gram[:n, :n], absolute, float(gram[n, n]), moved, conflicts, length)
 
 
 def _digits(value: float) -> float:

@@ -228,7 +228,7 @@ def _sum(values):
 
 
 @_block_kernel
-def _sum_abs(values):
+def sum_abs(values):
     total = 0.0
     for k in range(values.shape[0]):
         total += abs(values[k])
@@ -250,7 +250,7 @@ def block_sums(rows, block, absolute, out):
     for i in range(n):
         for b in range(out.shape[1]):
             part = rows[i, b * block : min((b + 1) * block, length)]
-            out[i, b] = _sum_abs(part) if absolute else _sum(part)
+            out[i, b] = sum_abs(part) if absolute else _sum(part)
 
 
 @kernel

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from regraft.merge.native import TILE, count_low, dot, kernel
+from regraft.merge.native import TILE, count_low, dot, kernel, sign_conflicts, sum_abs
 from regraft.merge.native_random import decide_ranked, keep_decided, mix, rank_memory
 
 _ALL = np.uint64(1 << 32)
@@ -293,6 +293,18 @@ def distance(raw, weights, anchor, origin, out):
 
 
 @kernel
+def widened(raw, base, values, bits, wide):
+    """wide = raw - base, rounded to float32 on the way; raw alone if `base` is empty."""
+    load(raw, values, bits)
+    if base.shape[0]:
+        for k in range(raw.shape[0]):
+            wide[k] = values[k] - base[k]
+    else:
+        for k in range(raw.shape[0]):
+            wide[k] = values[k]
+
+
+@kernel
 def grams(raw, n, block, out):
     """out[b, i, j] = inner product over block b of rows i and j of the first n, less the last row if it is the n + 1st.
 
@@ -305,17 +317,48 @@ def grams(raw, n, block, out):
     for begin in range(0, length, TILE):
         size = min(TILE, length - begin)
         end, b = begin + size, begin // block
+        origin = base[: size if raw.shape[0] > n else 0]
         if raw.shape[0] > n:
-            load(raw[n, begin:end], base[:size], base_bits[:size])
+            load(raw[n, begin:end], origin, base_bits[:size])
         for i in range(n):
-            if raw.shape[0] > n:
-                difference(raw[i, begin:end], base[:size], values[:size], bits[:size])
-            else:
-                load(raw[i, begin:end], values[:size], bits[:size])
-            wide[i, :size] = values[:size]
+            widened(raw[i, begin:end], origin, values[:size], bits[:size], wide[i, :size])
             for j in range(i + 1):
                 out[b, i, j] += dot(wide[i, :size], wide[j, :size])
     for b in range(out.shape[0]):
         for i in range(n):
             for j in range(i):
                 out[b, j, i] = out[b, i, j]
+
+
+@kernel
+def task_vector_sums(raw, block, first, stride, gram, absolute, columns):
+    """Sums over those blocks of a tensor whose number is a multiple of `stride`; `first` is the number of raw's first.
+
+    gram += inner products of the task vectors and, last, the base, (n + 1, n + 1) float64, of which the upper half is
+    left alone; absolute += magnitudes of the task vectors, (n,) float64; columns += (all, those in which any model
+    moved, those in which models moved up and down), int64.
+    """
+    n, length = raw.shape[0] - 1, raw.shape[1]
+    values, base, wide = np.empty((n, TILE), np.float32), np.empty(TILE, np.float32), np.empty((n + 1, TILE), np.float64)
+    bits, base_bits = values.view(np.uint32), base.view(np.uint32)
+    for begin in range(0, length, TILE):
+        if (first + begin // block) % stride:
+            continue
+        size = min(TILE, length - begin)
+        end, origin = begin + size, base[:size]
+        load(raw[n, begin:end], origin, base_bits[:size])
+        for k in range(size):
+            wide[n, k] = origin[k]
+        for i in range(n):
+            load(raw[i, begin:end], values[i, :size], bits[i, :size])
+            for k in range(size):
+                values[i, k] -= origin[k]
+                wide[i, k] = values[i, k]
+            absolute[i] += sum_abs(wide[i, :size])
+        for i in range(n + 1):
+            for j in range(i + 1):
+                gram[i, j] += dot(wide[i, :size], wide[j, :size])
+        moved, both = sign_conflicts(values[:, :size])
+        columns[0] += size
+        columns[1] += moved
+        columns[2] += both
