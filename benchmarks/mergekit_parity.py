@@ -8,7 +8,7 @@ environment of mergekit's own.
 
 Arithmetic in float64 shows whether both compute the same function: what is left then is one rounding. In float32 the
 results also hold the rounding errors of each tool; how far each is from mergekit's float64 tells whose they are.
-Entries that tie at a threshold are counted apart.
+Entries that tie at a threshold, and those that follow from a tie, are counted apart.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import torch
 import transformers
 import yaml
 from machine import describe
+from parity_entries import THRESHOLDS, at_threshold, distance, follows, scores
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file
@@ -60,8 +61,6 @@ LAYERS = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS = (0.6, 0.3)
 ARITHMETIC = ("float64", "float32")
-# Thresholds that a rule has for the score of an entry in each model, or in all of them together.
-THRESHOLDS = {"ties": 1, "breadcrumbs": 2, "breadcrumbs_ties": 2, "sce": 1}
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,11 @@ class Cell:
     """One comparison.
 
     `dtype` is that of inputs and result. `tied` counts entries that share the score of a threshold, of which mergekit
-    keeps some and regraft all. Of the others `worst` is the largest difference in units of the last place, and `apart`
-    counts those beyond one unit. In float32 arithmetic `off` and `peer_off` are how far regraft's and mergekit's
-    entries are from what mergekit computes in float64, at most; entries that tie are left out.
+    keeps some and regraft all. `moved` counts those that are apart because `sce` weighs models by what it keeps, and in
+    which each tool's result is that of the rule for what this tool has kept. Of the others `worst` is the largest
+    difference in units of the last place, and `apart` counts those beyond one unit. In float32 arithmetic `off` and
+    `peer_off` are how far regraft's and mergekit's entries are from what mergekit computes in float64, at most; entries
+    that tie are left out.
     """
 
     rule: str
@@ -142,6 +143,7 @@ class Cell:
     worst: float = 0.0
     apart: int = 0
     tied: int = 0
+    moved: int = 0
     off: float | None = None
     peer_off: float | None = None
     refused: str = ""
@@ -356,8 +358,12 @@ def measure(
         if cell.rule in THRESHOLDS and bool(apart.any()):
             same_score = at_threshold(apart, scores(cell.rule, inputs.flatten(1)), THRESHOLDS[cell.rule])
             cell.tied += int(same_score.sum())
-            apart &= ~same_score
             units[same_score] = 0
+            if cell.rule == "sce" and bool(same_score.any()):
+                moved = (units > 1) & follows(a, b, inputs, same_score)
+                cell.moved += int(moved.sum())
+                units[moved] = 0
+            apart = units > 1
         cell.worst = max(cell.worst, float(units.max()))
         cell.apart += int(apart.sum())
         if cell.arithmetic != "float64":
@@ -366,52 +372,10 @@ def measure(
             cell.peer_off = max(cell.peer_off or 0.0, float(peer_off.max())) if len(peer_off) else cell.peer_off
 
 
-def distance(a: Tensor, b: Tensor, inputs: Tensor) -> Tensor:
-    """How far two results are apart, (L,), in units of the last place of the largest number involved in an entry.
-
-    `inputs` are what the entries were made from, (3, ...) in float64.
-    """
-    size = torch.cat([inputs, a.double()[None], b.double()[None]]).abs().amax(0)
-    unit = torch.finfo(a.dtype).eps * torch.exp2(torch.floor(torch.log2(size.clamp(min=1e-30))))
-    return ((a.double() - b.double()).abs() / unit).flatten()
-
-
 def source_name(name: str) -> str:
     """The name in the models of what a sliced result has under this name."""
     (_, stop), (start, _) = RUNS
     return re.sub(r"\.(\d+)\.", lambda m: f".{i if (i := int(m[1])) < stop else i - stop + start}.", name, count=1)
-
-
-def scores(rule: str, inputs: Tensor) -> Tensor:
-    """What a rule selects entries by, (rows, L), of base and two fine-tunes, (3, L)."""
-    changes = inputs[1:] - inputs[0]
-    return (changes[:1] - changes[1:]).abs() if rule == "sce" else changes.abs()  # two models vary by their distance
-
-
-def at_threshold(apart: Tensor, rows: Tensor, thresholds: int) -> Tensor:
-    """Which of the entries that are apart, (L,), have the score of a threshold and share it with others, (L,).
-
-    Thresholds are not known, but a row has so many of them: each may account for one score.
-    """
-    explained = torch.zeros_like(apart)
-    shared = torch.stack([counts[which] > 1 for which, counts in (_unique(row) for row in rows)])
-    left = [thresholds] * len(rows)
-    while True:
-        best, count = None, 0
-        for i, row in enumerate(rows):
-            values, counts = row[apart & ~explained & shared[i]].unique(return_counts=True)
-            if left[i] and len(values) and int(counts.max()) > count:
-                best, count = (i, values[counts.argmax()]), int(counts.max())
-        if best is None:
-            return explained
-        i, score = best
-        left[i] -= 1
-        explained |= apart & (rows[i] == score)
-
-
-def _unique(row: Tensor) -> tuple[Tensor, Tensor]:
-    _, which, counts = row.unique(return_inverse=True, return_counts=True)
-    return which, counts
 
 
 def tied(name: str, values: Tensor, ours: Mapping[str, Tensor]) -> bool:

@@ -9,6 +9,11 @@ from typing import Any
 
 # Standard errors. Among some thousand comparisons of a distribution with itself, one beyond it is a rare accident.
 LIMIT = 5.5
+_KINDS = (
+    ("apart", "differ by more than a unit"),
+    ("tied", "tie at a threshold"),
+    ("moved", "follow from the weights that each tool's choice among the tied gives"),
+)
 
 
 def page(results: Path) -> str:
@@ -79,14 +84,14 @@ def _counts(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _remarks(cells: Sequence[Mapping[str, Any]], rules: Sequence[str]) -> list[str]:
-    """Which share of the entries of a rule differs by more than a unit, and which ties at a threshold."""
+    """Which share of the entries of a rule differs by more than a unit, ties at a threshold, or follows from a tie."""
     lines = []
     for rule in rules:
         for dtype in ("float32", "bfloat16"):
             these = [c for c in cells if c["rule"] == rule and c["dtype"] == dtype and not c["refused"]]
             entries = sum(c["entries"] for c in these)
-            for key, what in (("apart", "differ by more than a unit"), ("tied", "tie at a threshold")):
-                if count := sum(c[key] for c in these):
+            for key, what in _KINDS:
+                if count := sum(c.get(key, 0) for c in these):
                     text = f"- `{rule}`, {dtype}: {count:,} of {entries:,} entries {what}"
                     lines.append(text + (_whose(these) if key == "apart" else ""))
     return lines

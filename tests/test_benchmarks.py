@@ -323,7 +323,7 @@ def test_the_comparison_with_mergekit_sees_what_differs(tmp_path: Path) -> None:
 
 
 def test_entries_that_share_the_score_of_a_threshold_are_told_from_others() -> None:
-    at_threshold = module("mergekit_parity").at_threshold
+    at_threshold = module("parity_entries").at_threshold
     rows = torch.tensor([[3.0, 1, 2, 2, 2, 5], [1, 7, 7, 4, 9, 6]])
     apart = torch.tensor([False, True, True, True, False, True])
     # 2 in the first row, 7 in the second; nothing shares its score with the last entry.
@@ -332,6 +332,22 @@ def test_entries_that_share_the_score_of_a_threshold_are_told_from_others() -> N
     assert int(at_threshold(apart, rows, 1).sum()) == 3
     assert at_threshold(apart, rows, 2).tolist() == [False, True, True, True, False, True]
     assert not at_threshold(apart, torch.arange(6.0).view(1, 6), 2).any()  # nothing is shared
+
+
+def test_what_follows_from_a_tie_is_told_from_what_does_not() -> None:
+    entries = module("parity_entries")
+    # Scores (distances of the changes) are 5, 2, 2, 1: of the two that tie, the second tool keeps only the first.
+    base = torch.zeros(4, dtype=torch.float64)
+    models = torch.stack([base, base + torch.tensor([4.0, 3, 1, 1]), base + torch.tensor([-1.0, 1, 3, 2])])
+    tied = torch.tensor([False, True, True, False])
+    # Weights by what was kept, 16 + 9 + 1 to 1 + 1 + 9, or 16 + 9 to 1 + 1.
+    all_kept = torch.tensor([4, (26 * 3 + 11 * 1) / 37, (26 * 1 + 11 * 3) / 37, 0], dtype=torch.float64)
+    one_kept = torch.tensor([4, (25 * 3 + 2 * 1) / 27, 0, 0], dtype=torch.float64)
+    assert entries.follows(all_kept, one_kept, models, tied).all()
+    wrong = one_kept + torch.tensor([0, 1e-3, 0, 0])
+    assert entries.follows(all_kept, wrong, models, tied).tolist() == [True, False, True, True]
+    below = one_kept + torch.tensor([0, 0, 0, 1.5])  # an entry below the threshold is no choice among the tied
+    assert not entries.follows(all_kept, below, models, tied)[3]
 
 
 def test_the_comparison_of_draws_sees_another_distribution(tmp_path: Path) -> None:
