@@ -339,7 +339,8 @@ def task_vector_sums(raw, block, first, stride, gram, absolute, columns):
     moved, those in which models moved up and down), int64.
     """
     n, length = raw.shape[0] - 1, raw.shape[1]
-    values, base, wide = np.empty((n, TILE), np.float32), np.empty(TILE, np.float32), np.empty((n + 1, TILE), np.float64)
+    values, wide = np.empty((n, TILE), np.float32), np.empty((n + 1, TILE), np.float64)
+    base = np.empty(TILE, np.float32)
     bits, base_bits = values.view(np.uint32), base.view(np.uint32)
     for begin in range(0, length, TILE):
         if (first + begin // block) % stride:
