@@ -131,7 +131,7 @@ class Cell:
     which each tool's result is that of the rule for what this tool has kept. Of the others `worst` is the largest
     difference in units of the last place, and `apart` counts those beyond one unit. In float32 arithmetic `off` and
     `peer_off` are how far regraft's and mergekit's entries are from what mergekit computes in float64, at most; entries
-    that tie are left out.
+    that tie, or follow from a tie, are left out.
     """
 
     rule: str
@@ -354,20 +354,21 @@ def measure(
         units = distance(a, b, inputs)
         cell.entries += a.numel()
         apart = units > 1
-        same_score = torch.zeros_like(apart)
+        explained = torch.zeros_like(apart)
         if cell.rule in THRESHOLDS and bool(apart.any()):
             same_score = at_threshold(apart, scores(cell.rule, inputs.flatten(1)), THRESHOLDS[cell.rule])
             cell.tied += int(same_score.sum())
-            units[same_score] = 0
+            explained |= same_score
             if cell.rule == "sce" and bool(same_score.any()):
-                moved = (units > 1) & follows(a, b, inputs, same_score)
+                moved = apart & ~same_score & follows(a, b, inputs, same_score)
                 cell.moved += int(moved.sum())
-                units[moved] = 0
-            apart = units > 1
+                explained |= moved
+            apart &= ~explained
+            units[explained] = 0
         cell.worst = max(cell.worst, float(units.max()))
         cell.apart += int(apart.sum())
         if cell.arithmetic != "float64":
-            off, peer_off = (distance(made, exact[name], inputs)[~same_score] for made in (a, b))
+            off, peer_off = (distance(made, exact[name], inputs)[~explained] for made in (a, b))
             cell.off = max(cell.off or 0.0, float(off.max())) if len(off) else cell.off
             cell.peer_off = max(cell.peer_off or 0.0, float(peer_off.max())) if len(peer_off) else cell.peer_off
 

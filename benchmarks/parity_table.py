@@ -91,7 +91,7 @@ def _remarks(cells: Sequence[Mapping[str, Any]], rules: Sequence[str]) -> list[s
             these = [c for c in cells if c["rule"] == rule and c["dtype"] == dtype and not c["refused"]]
             entries = sum(c["entries"] for c in these)
             for key, what in _KINDS:
-                if count := sum(c.get(key, 0) for c in these):
+                if count := sum(c[key] for c in these):
                     text = f"- `{rule}`, {dtype}: {count:,} of {entries:,} entries {what}"
                     lines.append(text + (_whose(these) if key == "apart" else ""))
     return lines

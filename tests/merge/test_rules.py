@@ -272,6 +272,15 @@ def test_sce(tensors, topk: float) -> None:
     close(merge.sce(models, base=base, select_topk=topk), expected)
 
 
+def test_sce_counts_in_float32() -> None:
+    """7 of 36: 1980 * (7 / 36) is 384.99999999999994 in float64, of which mergekit makes 385 entries."""
+    base = torch.zeros(1980, dtype=torch.float64)
+    share = 2 / 3 * (0.5 / 3) + 1 / 3 * 0.25
+    assert int(1980 * share) == 384
+    models = [torch.arange(1.0, 1981, dtype=torch.float64), -base]
+    assert int((merge.sce(models, base=base, select_topk=share) != 0).sum()) == 385
+
+
 @pytest.mark.parametrize("inter", ["sum", "normsum", "pairwise"])
 def test_pcb_as_the_official_code_computes_it(tensors, inter: str) -> None:
     base, models = tensors

@@ -45,6 +45,8 @@ def test_gradients_are_piecewise_linear_between_evenly_spaced_anchors() -> None:
     assert [interpolate(anchors, x / 4) for x in range(5)] == anchors
     assert interpolate(anchors, 0.125) == pytest.approx(0.25)
     assert interpolate(anchors, 0.625) == pytest.approx(0.5)
+    third = 2 / 3 * 2 - 1
+    assert interpolate([0.5, 0.5 / 3, 0.25], 2 / 3) == (1 - third) * (0.5 / 3) + third * 0.25  # to the last bit
     assert interpolate([0.3], 0.9) == 0.3
     assert interpolate(0.2, 0.9) == 0.2
     assert interpolate([True, False], 0.9) is True

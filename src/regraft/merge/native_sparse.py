@@ -294,14 +294,13 @@ def distance(raw, weights, anchor, origin, out):
 
 @kernel
 def widened(raw, base, values, bits, wide):
-    """wide = raw - base, rounded to float32 on the way; raw alone if `base` is empty."""
+    """wide = values = raw - base, which is rounded to float32; raw alone if `base` is empty."""
     load(raw, values, bits)
     if base.shape[0]:
         for k in range(raw.shape[0]):
-            wide[k] = values[k] - base[k]
-    else:
-        for k in range(raw.shape[0]):
-            wide[k] = values[k]
+            values[k] -= base[k]
+    for k in range(raw.shape[0]):
+        wide[k] = values[k]
 
 
 @kernel
@@ -347,14 +346,9 @@ def task_vector_sums(raw, block, first, stride, gram, absolute, columns):
             continue
         size = min(TILE, length - begin)
         end, origin = begin + size, base[:size]
-        load(raw[n, begin:end], origin, base_bits[:size])
-        for k in range(size):
-            wide[n, k] = origin[k]
+        widened(raw[n, begin:end], base[:0], origin, base_bits[:size], wide[n, :size])
         for i in range(n):
-            load(raw[i, begin:end], values[i, :size], bits[i, :size])
-            for k in range(size):
-                values[i, k] -= origin[k]
-                wide[i, k] = values[i, k]
+            widened(raw[i, begin:end], origin, values[i, :size], bits[i, :size], wide[i, :size])
             absolute[i] += sum_abs(wide[i, :size])
         for i in range(n + 1):
             for j in range(i + 1):

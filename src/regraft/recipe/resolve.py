@@ -33,7 +33,8 @@ def interpolate(value: Any, depth: float) -> Any:
     share = position - low
     if share == 0 or value[low] == value[high]:
         return value[low]
-    return value[low] + share * (value[high] - value[low])
+    # To the last bit as in mergekit: a count that is made of the value, such as of entries to keep, may depend on it.
+    return (1 - share) * value[low] + share * value[high]
 
 
 class Resolver:

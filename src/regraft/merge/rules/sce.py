@@ -12,7 +12,6 @@ in most tensors of lightly tuned language models; the lineage file has the weigh
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +48,8 @@ def sce(unit: Unit[SceOptions]) -> Steps:
     threshold = 0.0
     if unit.options.select_topk < 1:
         (varying,) = yield [Sum(_varying)]
-        keep = math.floor(int(varying[0]) * unit.options.select_topk)
+        # In float32 as in mergekit, which takes 384.99999999999994 entries for 385.
+        keep = min(int(np.float32(varying[0]) * np.float32(unit.options.select_topk)), int(varying[0]))
         if keep == 0:
             return blended([0.0] * unit.n, has_base=True)
         (found,) = yield [OrderStatistic(variances, ranks=[unit.numel - keep])]
